@@ -1,0 +1,143 @@
+"""The line between deciding and computing: the :class:`Backend` protocol, and the choice of one.
+
+A backend is one loaded checkpoint on one framework and device. What crosses the line is NumPy and small: token ids in, three
+[B, L] arrays out. Logits (256 x 262,144 at the real size) and hidden states stay on the device, except in
+:meth:`Backend.logits`, which exists to compare backends.
+"""
+
+import importlib
+import importlib.util
+import platform
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.checkpoint import Checkpoint
+
+NAMES = ("mlx", "torch")
+DTYPES = ("float32", "bfloat16")
+
+
+class Denoised(NamedTuple):
+    """What one denoising step says of each canvas position.
+
+    Attributes:
+        argmax: int32 [B, L], the most likely token.
+        sampled: int32 [B, L], a token drawn from softmax(logits / temperature); equals ``argmax`` where no noise keys were given.
+        entropy: float32 [B, L], nats, of softmax(logits / temperature).
+        self_conditioning: opaque, stays on the device; give it to the next step.
+    """
+
+    argmax: NDArray[np.int32]
+    sampled: NDArray[np.int32]
+    entropy: NDArray[np.float32]
+    self_conditioning: Any
+
+
+class Cache(Protocol):
+    """Keys and values of the committed positions. Made by :meth:`Backend.new_cache`, filled by :meth:`Backend.encode`."""
+
+    def __len__(self) -> int:
+        """Committed positions."""
+        ...
+
+
+class Backend(Protocol):
+    """One loaded checkpoint on one framework and device."""
+
+    name: str
+    device: str
+    dtype: str
+    config: ModelConfig
+
+    def new_cache(self, batch_size: int = 1) -> Cache:
+        """An empty cache for ``batch_size`` rows."""
+        ...
+
+    def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
+        """Run tokens [B, N] through the causal pass and append their keys and values to ``cache``; returns when that is done.
+
+        With ``logits``, the logits after the last of them, float32 [B, V]: the same weights are a causal language model.
+        """
+        ...
+
+    def denoise(
+        self,
+        canvas: NDArray[np.int32],
+        cache: Cache,
+        *,
+        temperature: float,
+        noise_keys: NDArray[np.uint32] | None = None,
+        self_conditioning: Any = None,
+        frozen: NDArray[np.int32] | None = None,
+    ) -> Denoised:
+        """One denoising step of ``canvas`` [B, L], L at most ``config.canvas_length``; ``cache`` is read and left as it is.
+
+        Args:
+            temperature: above 0; divides the logits before every statistic.
+            noise_keys: one key a row (:func:`mlx_diffgemma.noise.sampling_keys`), or None to draw nothing.
+            self_conditioning: that of the previous step's result, or None in a block's first step.
+            frozen: [L] token ids, -1 where the model may write. A frozen position answers its own token with entropy 0 and
+                feeds it, one-hot, to the next step.
+        """
+        ...
+
+    def logits(
+        self,
+        tokens: NDArray[np.int32],
+        cache: Cache,
+        *,
+        causal: bool = False,
+        self_conditioning: Any = None,
+        trace: list[NDArray[np.float32]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits float32 [B, L, V] after the softcap, for comparing backends.
+
+        Of a canvas, or, with ``causal``, of tokens that are appended to the cache as by :meth:`encode`. ``trace`` receives the
+        hidden states float32 [B, L, H] after the embedding, after each layer and after the final norm.
+        """
+        ...
+
+
+def default_backend() -> str:
+    """mlx on Apple silicon, torch where CUDA is, else torch on the CPU if it is installed, else mlx on the CPU."""
+    installed = [name for name in NAMES if importlib.util.find_spec(name)]
+    if not installed:
+        raise BackendError(
+            'neither mlx nor torch is installed; try: pip install "mlx-diffgemma[cpu]" (any Linux machine) or [cuda] (NVIDIA)'
+        )
+    if sys.platform == "darwin" and platform.machine() == "arm64" and "mlx" in installed:
+        return "mlx"
+    return "torch" if "torch" in installed else "mlx"
+
+
+def load_backend(checkpoint: "Checkpoint", name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> Backend:
+    """Load a checkpoint's weights.
+
+    Args:
+        name: ``mlx`` or ``torch``; by default see :func:`default_backend`.
+        device: ``cpu`` or ``gpu`` for mlx, ``cpu`` or ``cuda[:N]`` for torch; by default the accelerator where there is one.
+        dtype: ``float32`` or ``bfloat16``; by default bfloat16 on an accelerator and float32 on a CPU. float16 overflows in
+            this model (activations beyond 65,504).
+
+    Raises:
+        BackendError: the framework or the device is not there. CheckpointError: the weights do not fit the configuration.
+    """
+    name = name or default_backend()
+    if name not in NAMES:
+        raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not importlib.util.find_spec(name):
+        raise BackendError(f"backend {name!r} was asked for, but the package {name} is not installed")
+    try:
+        wing = importlib.import_module(f"mlx_diffgemma.backends.{name}.backend")
+    except ImportError as broken:
+        raise BackendError(f"backend {name!r} cannot be imported: {str(broken).partition(chr(10))[0]}") from broken
+    return wing.load(checkpoint, device=device, dtype=dtype)

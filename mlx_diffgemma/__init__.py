@@ -1,0 +1,1 @@
+"""DiffusionGemma on MLX and on PyTorch: one API, one checkpoint, the same tokens."""

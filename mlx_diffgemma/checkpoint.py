@@ -1,0 +1,224 @@
+"""A folder or hub id -> files, and what is in them: the safetensors index, and which module is quantized and how.
+
+Nothing here reads a weight. Headers are read through `safetensors`, which also refuses truncated files; the wings then fetch
+each tensor from the file that :class:`Tensor` names.
+
+**Names.** The graphs use the checkpoint's own attribute names. The few renames are in :func:`graph_name`: the prefix
+``model.decoder.`` falls away, the encoder's only text tensors become ``layers.N.encoder_layer_scalar``, and the experts'
+stacked weights, which end without ``.weight`` on the hub, gain it (as MLX's quantized checkpoints have it).
+"""
+
+import errno
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_diffgemma.config import GenerationConfig, ModelConfig
+from mlx_diffgemma.errors import CheckpointError
+
+#: What a checkpoint needs of a hub repository; weights in other formats stay there.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.(layers\.\d+)\.layer_scalar")
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor: where it lies, and its form. ``dtype`` is the safetensors name, such as BF16."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one module's weight is packed, in the terms of ``mx.quantize``.
+
+    ``mode`` is affine (w = scale * q + bias per group), mxfp4, mxfp8 or nvfp4 (shared scale per group, no biases).
+    """
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.bits}-bit, groups of {self.group_size}" if self.mode == "affine" else self.mode
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        folder: where its files lie.
+        config, generation: what its JSON says.
+        tensors: the text model's tensors, by the graph's names.
+        vision: the tensors of the vision tower, by their stored names; known, and left unread.
+        quantization: the quantized modules, by the graph's module paths.
+    """
+
+    folder: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    tensors: Mapping[str, Tensor]
+    vision: Mapping[str, Tensor]
+    quantization: Mapping[str, Quantization]
+
+    @classmethod
+    def open(cls, source: str | Path, revision: str | None = None) -> Self:
+        """Open a folder or a hub id such as ``google/diffusiongemma-26B-A4B-it``; downloads what is not in the hub's cache.
+
+        Raises CheckpointError where the files are not there, not whole, or not a DiffusionGemma's.
+        """
+        folder = fetch(source, revision)
+        raw = read_json(folder / "config.json")
+        config = ModelConfig.from_dict(raw)
+        has_generation = (folder / "generation_config.json").exists()
+        generation = read_json(folder / "generation_config.json") if has_generation else raw.get("generation_config") or {}
+        stored = _read_headers(_weight_files(folder))
+        text = {graph_name(name): tensor for name, tensor in stored.items() if not name.startswith(_VISION)}
+        return cls(
+            folder=folder,
+            config=config,
+            generation=GenerationConfig.from_dict(generation),
+            tensors=text,
+            vision={name: tensor for name, tensor in stored.items() if name.startswith(_VISION)},
+            quantization=_quantization(raw, text),
+        )
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError naming every tensor that is missing, unexpected or of another shape than in ``expected``."""
+        missing = sorted(expected.keys() - self.tensors.keys())
+        unexpected = sorted(self.tensors[name].name for name in self.tensors.keys() - expected.keys())
+        misshaped = sorted(
+            f"{self.tensors[name].name} is {list(self.tensors[name].shape)}, not {list(expected[name])}"
+            for name in expected.keys() & self.tensors.keys()
+            if self.tensors[name].shape != expected[name]
+        )
+        problems = [
+            f"{what} {', '.join(names)}"
+            for what, names in (("missing:", missing), ("unexpected:", unexpected), ("of the wrong shape:", misshaped))
+            if names
+        ]
+        if problems:
+            raise CheckpointError(f"{self.folder}: the weights do not fit config.json; tensors {'; '.join(problems)}")
+
+
+def graph_name(stored: str) -> str:
+    """The graph's name of a stored text tensor (the module docstring says what is renamed)."""
+    if scalar := _ENCODER_SCALAR.fullmatch(stored):
+        return f"{scalar[1]}.encoder_layer_scalar"
+    name = stored.removeprefix("model.decoder.")
+    return f"{name}.weight" if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) else name
+
+
+def fetch(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: ``source`` itself, or the hub's snapshot of it, downloaded where it is not in the cache."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    text = str(source)
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith("."):
+        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{text}: no such folder here, and no such repository on the hub (or it needs a login)") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{text}: the hub has no revision {revision!r}") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(f"{text}: not in the local cache, and the hub cannot be reached; check the network") from None
+    except HfHubHTTPError as refused:
+        raise CheckpointError(f"{text}: the hub refused the download: {_first_line(refused)}") from None
+    except OSError as failed:
+        if failed.errno == errno.ENOSPC:
+            raise CheckpointError(f"{text}: the disk is full; free some space and run again, the download resumes") from None
+        raise CheckpointError(f"{text}: the download failed: {_first_line(failed)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises CheckpointError where it is not there or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; is this a model folder?") from None
+    except (OSError, ValueError) as broken:
+        raise CheckpointError(f"{path}: cannot be read: {_first_line(broken)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: weight_map is missing")
+        files = sorted({folder / Path(name).name for name in weight_map.values()})
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise CheckpointError(f"{folder}: missing shards: {', '.join(absent)}")
+        return files
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no model.safetensors, nor an index of shards")
+    return files
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    part = shard.get_slice(name)
+                    if name in tensors:
+                        raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
+                    tensors[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as broken:
+            raise CheckpointError(f"{file}: truncated or not safetensors ({_first_line(broken)}); fetch it again") from None
+    return tensors
+
+
+def _quantization(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Quantization]:
+    """A module is quantized if and only if its ``.scales`` exist; its format is its override, else the global one."""
+    table = raw.get("quantization") or raw.get("quantization_config") or {}
+    if "quant_method" in table:
+        raise CheckpointError(
+            f"config.json: quantized by {table['quant_method']}, which is not read here; convert the BF16 checkpoint instead"
+        )
+    quantized = {}
+    for name, scales in tensors.items():
+        if not name.endswith(".scales"):
+            continue
+        override = table.get(scales.name.removesuffix(".scales"))
+        # An override without a mode means affine, even where the global mode is another.
+        entry = {"mode": "affine", **override} if isinstance(override, dict) else table
+        try:
+            quantized[name.removesuffix(".scales")] = Quantization(entry["group_size"], entry["bits"], entry.get("mode", "affine"))
+        except KeyError as missing:
+            raise CheckpointError(f"config.json: {scales.name} exists, but quantization has no {missing.args[0]}") from None
+    return quantized
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

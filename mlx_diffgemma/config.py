@@ -1,0 +1,252 @@
+"""What a checkpoint's JSON says: the shape of the model, and how it likes to be sampled.
+
+Two layouts of ``config.json`` exist. The hub's names the size of the full-attention heads once (``global_head_dim``,
+``num_global_key_value_heads``); the one `transformers` writes lists it per layer (``per_layer_config``). Both are read here,
+and nowhere else is it known that there are two.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from mlx_diffgemma.errors import CheckpointError, InputError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of one kind of layer.
+
+    ``default`` rotates the whole head. ``proportional`` rotates the first ``partial_rotary_factor`` of the pairs, takes the
+    exponents over the full head all the same, and leaves the other pairs at frequency zero.
+    """
+
+    rope_type: str
+    rope_theta: float
+    partial_rotary_factor: float = 1.0
+
+    def inverse_frequencies(self, head_dim: int) -> list[float]:
+        """Radians per position of the head_dim / 2 split-half pairs."""
+        rotated = int(self.partial_rotary_factor * head_dim // 2)
+        frequencies = [self.rope_theta ** -(2 * pair / head_dim) for pair in range(rotated)]
+        return frequencies + [0.0] * (head_dim // 2 - rotated)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs between the layers of one model."""
+
+    layer_type: str
+    head_dim: int
+    num_key_value_heads: int
+    rope: RopeConfig
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.layer_type == SLIDING
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The text model's shape, checked on construction. Attribute names are those of the checkpoint's ``text_config``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    num_experts: int
+    top_k_experts: int
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    sliding_window: int
+    max_position_embeddings: int
+    canvas_length: int
+    layers: tuple[LayerConfig, ...]
+    image_token_id: int | None = None
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("layers", "image_token_id") and not value > 0:
+                raise CheckpointError(f"config.json: {field.name} must be positive, got {value}")
+        if not self.layers:
+            raise CheckpointError("config.json: the model has no layers")
+        if self.top_k_experts > self.num_experts:
+            raise CheckpointError(f"config.json: top_k_experts {self.top_k_experts} exceeds num_experts {self.num_experts}")
+        for layer in self.layers:
+            if layer.num_key_value_heads <= 0 or self.num_attention_heads % layer.num_key_value_heads:
+                raise CheckpointError(
+                    f"config.json: {self.num_attention_heads} attention heads cannot share "
+                    f"{layer.num_key_value_heads} key-value heads evenly"
+                )
+            if layer.head_dim <= 0 or layer.head_dim % 2:
+                raise CheckpointError(f"config.json: head_dim must be positive and even, got {layer.head_dim}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """From the parsed ``config.json`` of either layout. Raises CheckpointError where it is not a DiffusionGemma's."""
+        if config.get("model_type") != "diffusion_gemma":
+            raise CheckpointError(
+                f"config.json: model_type is {config.get('model_type')!r}, not 'diffusion_gemma': this is not a DiffusionGemma"
+            )
+        text = config.get("text_config")
+        if not isinstance(text, Mapping):
+            raise CheckpointError("config.json: text_config is missing")
+        _refuse_unsupported(text)
+        try:
+            return cls(
+                **{name: text[name] for name in _TEXT_FIELDS},
+                canvas_length=config["canvas_length"],
+                layers=_layers(text),
+                image_token_id=config.get("image_token_id"),
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"config.json: {missing.args[0]} is missing") from None
+        except (TypeError, AttributeError, ValueError) as wrong:
+            raise CheckpointError(f"config.json: a value has the wrong type ({wrong})") from None
+
+
+_TEXT_FIELDS = [
+    field.name for field in dataclasses.fields(ModelConfig) if field.name not in ("canvas_length", "layers", "image_token_id")
+]
+
+
+def _refuse_unsupported(text: Mapping[str, Any]) -> None:
+    """The options of the architecture that no published checkpoint uses and that these graphs do not have."""
+    if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise CheckpointError(f"config.json: hidden_activation {text['hidden_activation']!r} is not supported")
+    if text.get("attention_bias"):
+        raise CheckpointError("config.json: attention_bias is not supported")
+    if text.get("use_bidirectional_attention") not in (None, "vision"):
+        raise CheckpointError("config.json: use_bidirectional_attention 'all' is not supported")
+    if text.get("tie_word_embeddings") is False:
+        raise CheckpointError("config.json: an untied output head is not supported")
+
+
+def _layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
+    ropes = {layer_type: _rope(text["rope_parameters"][layer_type]) for layer_type in set(text["layer_types"])}
+    per_layer: Mapping[str, Any] = text.get("per_layer_config") or {}
+    layers = []
+    for index, layer_type in enumerate(text["layer_types"]):
+        if layer_type not in (SLIDING, FULL):
+            raise CheckpointError(f"config.json: layer type {layer_type!r} is not supported")
+        overrides: Mapping[str, Any] = per_layer.get(str(index), {})
+        if not per_layer and layer_type == FULL:
+            overrides = {
+                "head_dim": text.get("global_head_dim"),
+                "num_key_value_heads": text.get("num_global_key_value_heads"),
+            }
+        layers.append(
+            LayerConfig(
+                layer_type,
+                overrides.get("head_dim") or text["head_dim"],
+                overrides.get("num_key_value_heads") or text["num_key_value_heads"],
+                ropes[layer_type],
+            )
+        )
+    if len(layers) != text["num_hidden_layers"]:
+        raise CheckpointError(f"config.json: {len(layers)} layer_types for {text['num_hidden_layers']} layers")
+    return tuple(layers)
+
+
+def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
+    rope_type, factor = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
+    if rope_type not in ("default", "proportional") or (rope_type == "default" and factor != 1.0):
+        raise CheckpointError(f"config.json: rope_type {rope_type!r} with partial_rotary_factor {factor} is not supported")
+    return RopeConfig(rope_type, parameters["rope_theta"], factor)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to sample. Defaults are those of the released checkpoint; see :func:`mlx_diffgemma.sampler.block_diffusion`.
+
+    Attributes:
+        max_new_tokens: tokens to write at most; whole canvases are made, and the last one is cut.
+        max_denoising_steps: denoising steps per canvas at most.
+        t_min, t_max: temperature falls linearly from ``t_max`` (first step) towards ``t_min``.
+        entropy_bound: nats; positions are accepted in order of rising entropy while the sum of those before stays within it.
+        stability_threshold: the argmax canvas must equal that of as many steps before, for a canvas to be done.
+        confidence_threshold: nats; and the mean entropy must lie below this.
+        eos_token_ids: any of these ends the text.
+        pad_token_id: fills a canvas behind the end.
+        greedy: accepted positions take the most likely token instead of a sampled one. The reference has no such option.
+        canvas_length: tokens per canvas, if fewer than the model's own; shorter canvases suit short answers.
+    """
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    t_min: float = 0.4
+    t_max: float = 0.8
+    entropy_bound: float = 0.1
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    eos_token_ids: tuple[int, ...] = (1,)
+    pad_token_id: int = 0
+    greedy: bool = False
+    canvas_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_denoising_steps"):
+            _require(name, getattr(self, name), "a positive integer", _is_int(getattr(self, name)) and getattr(self, name) > 0)
+        if self.canvas_length is not None:
+            _require("canvas_length", self.canvas_length, "a positive integer", _is_int(self.canvas_length) and self.canvas_length > 0)
+        _require(
+            "stability_threshold",
+            self.stability_threshold,
+            "an integer of at least 0",
+            _is_int(self.stability_threshold) and self.stability_threshold >= 0,
+        )
+        for name in ("t_min", "entropy_bound", "confidence_threshold"):
+            _require(name, getattr(self, name), "a finite number of at least 0", _is_finite(getattr(self, name)) and getattr(self, name) >= 0)
+        _require("t_max", self.t_max, "a finite number above 0", _is_finite(self.t_max) and self.t_max > 0)
+        if self.t_max < self.t_min:
+            raise InputError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min})")
+
+    def temperature(self, steps_left: int) -> float:
+        """Temperature with ``steps_left`` steps to go, this one included (N, N-1, ..., 1 of N)."""
+        return self.t_min + (self.t_max - self.t_min) * steps_left / self.max_denoising_steps
+
+    def replace(self, **options: Any) -> Self:
+        """A copy with the options that are not None put in; raises InputError for an unknown name or a bad value."""
+        unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            raise InputError(f"unknown generation option {unknown[0]!r}; known are {', '.join(self.option_names())}")
+        return dataclasses.replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_dict(cls, generation: Mapping[str, Any]) -> Self:
+        """From the parsed ``generation_config.json``. What is absent or null takes the default."""
+        options = {name: generation.get(name) for name in cls.option_names()}
+        sampler = generation.get("sampler_config") or {}
+        options["entropy_bound"] = sampler.get("entropy_bound")
+        end = generation.get("eos_token_id")
+        options["eos_token_ids"] = None if end is None else tuple(end) if isinstance(end, list) else (end,)
+        try:
+            return cls().replace(**options)
+        except InputError as wrong:
+            raise CheckpointError(f"generation_config.json: {wrong}") from None
+
+
+def _require(name: str, value: object, what: str, holds: bool) -> None:
+    if not holds:
+        raise InputError(f"{name} must be {what}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

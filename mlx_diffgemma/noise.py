@@ -1,0 +1,80 @@
+"""Counter-based noise: the only source of randomness.
+
+Every random number is a pure function of (seed, block, step, position[, token]), so that one seed gives the same tokens on
+every backend, in every batch and in any order of evaluation. All arithmetic is on 32-bit unsigned words that wrap around.
+
+Three streams:
+
+1. canvas tokens: the first canvas (step 0) and the renoising after the s-th denoising step (step s >= 1);
+2. sampling: Gumbel noise over the vocabulary in the s-th denoising step (s from 1), made by the backend from :func:`sampling_keys`;
+3. causal sampling: Gumbel noise for the n-th new token, key(seed, 3, n, 0).
+
+``mix`` is the 32-bit finalizer "lowbias32" of C. Wellons' hash prospector (https://nullprogram.com/blog/2018/07/31/).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+CANVAS_STREAM, SAMPLING_STREAM, CAUSAL_STREAM = 1, 2, 3
+
+#: Largest value of the Gumbel noise, -log(-log1p(-u)) at the largest u below 1 in float32, rounded up. A token whose logit lies
+#: further than this below the best perturbed logit cannot be drawn.
+MAX_GUMBEL = 22.9
+
+_GOLDEN = 0x9E3779B9
+_MASK = 0xFFFFFFFF
+
+
+def mix(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Scramble each 32-bit word, bijectively."""
+    x = np.asarray(words, np.uint32)
+    with np.errstate(over="ignore"):  # wrapping is meant; NumPy warns of it for scalars
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def fold(*words: int) -> int:
+    """Fold 32-bit words, in order, into one."""
+    folded = 0
+    for word in words:
+        folded = int(mix(np.uint32(((folded + _GOLDEN) & _MASK) ^ word)))
+    return folded
+
+
+def key(seed: int, stream: int, block: int, step: int) -> int:
+    """The 32-bit key of one (stream, block, step) under a 64-bit ``seed``."""
+    return fold(seed & _MASK, seed >> 32, stream, block, step)
+
+
+def bits(keys: NDArray[np.uint32] | int, positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """32 random bits for every position; ``keys`` and ``positions`` broadcast against each other."""
+    keys = np.asarray(keys, np.uint32)
+    with np.errstate(over="ignore"):
+        return mix(mix(np.asarray(positions, np.uint32) ^ keys) + keys)
+
+
+def canvas_tokens(seeds: Sequence[int], block: int, step: int, length: int, vocab_size: int) -> NDArray[np.int32]:
+    """Uniform token ids [B, length], one row a seed: the first canvas (step 0) or what renoises after step ``step``."""
+    keys = np.array([key(seed, CANVAS_STREAM, block, step) for seed in seeds], np.uint32)
+    random = bits(keys[:, None], np.arange(length, dtype=np.uint32)[None, :])
+    return ((random.astype(np.uint64) * np.uint64(vocab_size)) >> np.uint64(32)).astype(np.int32)
+
+
+def sampling_keys(seeds: Sequence[int], block: int, step: int) -> NDArray[np.uint32]:
+    """Keys [B] of the Gumbel noise in denoising step ``step`` (from 1): ``noise_keys`` of :meth:`Backend.denoise`."""
+    return np.array([key(seed, SAMPLING_STREAM, block, step) for seed in seeds], np.uint32)
+
+
+def gumbel(keys: NDArray[np.uint32], positions: NDArray[np.uint32], tokens: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Standard Gumbel noise in float32 for every (key, position, token); the three broadcast against each other.
+
+    h = mix(token ^ bits(key, position)), u = float32(h) * 2^-32 + 2^-33, g = -log(-log1p(-u)). Where u rounds to 1 the noise is
+    -inf, and that token is not drawn. This is the definition; the backends compute it on their device.
+    """
+    words = mix(np.asarray(tokens, np.uint32) ^ bits(keys, positions))
+    uniform = words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log1p(-uniform))
