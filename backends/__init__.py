@@ -117,7 +117,9 @@ def default_backend() -> str:
     return "torch" if "torch" in installed else "mlx"
 
 
-def load_backend(checkpoint: "Checkpoint", name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> Backend:
+def load_backend(
+    checkpoint: "Checkpoint", name: str | None = None, *, device: str | None = None, dtype: str | None = None
+) -> Backend:
     """Load a checkpoint's weights.
 
     Args:
@@ -140,4 +142,5 @@ def load_backend(checkpoint: "Checkpoint", name: str | None = None, *, device: s
         wing = importlib.import_module(f"mlx_diffgemma.backends.{name}.backend")
     except ImportError as broken:
         raise BackendError(f"backend {name!r} cannot be imported: {str(broken).partition(chr(10))[0]}") from broken
-    return wing.load(checkpoint, device=device, dtype=dtype)
+    backend: Backend = wing.load(checkpoint, device=device, dtype=dtype)
+    return backend

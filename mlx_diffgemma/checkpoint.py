@@ -214,7 +214,9 @@ def _quantization(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
         # An override without a mode means affine, even where the global mode is another.
         entry = {"mode": "affine", **override} if isinstance(override, dict) else table
         try:
-            quantized[name.removesuffix(".scales")] = Quantization(entry["group_size"], entry["bits"], entry.get("mode", "affine"))
+            quantized[name.removesuffix(".scales")] = Quantization(
+                entry["group_size"], entry["bits"], entry.get("mode", "affine")
+            )
         except KeyError as missing:
             raise CheckpointError(f"config.json: {scales.name} exists, but quantization has no {missing.args[0]}") from None
     return quantized

@@ -104,6 +104,8 @@ class ModelConfig:
         try:
             return cls(
                 **{name: text[name] for name in _TEXT_FIELDS},
+                # transformers leaves this one out where it has the default value
+                final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
                 canvas_length=config["canvas_length"],
                 layers=_layers(text),
                 image_token_id=config.get("image_token_id"),
@@ -114,9 +116,8 @@ class ModelConfig:
             raise CheckpointError(f"config.json: a value has the wrong type ({wrong})") from None
 
 
-_TEXT_FIELDS = [
-    field.name for field in dataclasses.fields(ModelConfig) if field.name not in ("canvas_length", "layers", "image_token_id")
-]
+_OTHER_FIELDS = ("canvas_length", "layers", "image_token_id", "final_logit_softcapping")
+_TEXT_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OTHER_FIELDS]
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
@@ -194,21 +195,22 @@ class GenerationConfig:
     canvas_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_denoising_steps"):
-            _require(name, getattr(self, name), "a positive integer", _is_int(getattr(self, name)) and getattr(self, name) > 0)
+        self._require_integer("max_new_tokens", least=1)
+        self._require_integer("max_denoising_steps", least=1)
+        self._require_integer("stability_threshold", least=0)
         if self.canvas_length is not None:
-            _require("canvas_length", self.canvas_length, "a positive integer", _is_int(self.canvas_length) and self.canvas_length > 0)
-        _require(
-            "stability_threshold",
-            self.stability_threshold,
-            "an integer of at least 0",
-            _is_int(self.stability_threshold) and self.stability_threshold >= 0,
-        )
-        for name in ("t_min", "entropy_bound", "confidence_threshold"):
-            _require(name, getattr(self, name), "a finite number of at least 0", _is_finite(getattr(self, name)) and getattr(self, name) >= 0)
-        _require("t_max", self.t_max, "a finite number above 0", _is_finite(self.t_max) and self.t_max > 0)
-        if self.t_max < self.t_min:
-            raise InputError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min})")
+            self._require_integer("canvas_length", least=1)
+        for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise InputError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if self.t_max < self.t_min or self.t_max == 0:
+            raise InputError(f"t_max must be above 0 and not below t_min, got t_max {self.t_max} and t_min {self.t_min}")
+
+    def _require_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def temperature(self, steps_left: int) -> float:
         """Temperature with ``steps_left`` steps to go, this one included (N, N-1, ..., 1 of N)."""
@@ -237,16 +239,3 @@ class GenerationConfig:
             return cls().replace(**options)
         except InputError as wrong:
             raise CheckpointError(f"generation_config.json: {wrong}") from None
-
-
-def _require(name: str, value: object, what: str, holds: bool) -> None:
-    if not holds:
-        raise InputError(f"{name} must be {what}, got {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,8 @@ every backend, in every batch and in any order of evaluation. All arithmetic is 
 Three streams:
 
 1. canvas tokens: the first canvas (step 0) and the renoising after the s-th denoising step (step s >= 1);
-2. sampling: Gumbel noise over the vocabulary in the s-th denoising step (s from 1), made by the backend from :func:`sampling_keys`;
+2. sampling: Gumbel noise over the vocabulary in the s-th denoising step (s from 1), made by the backend from
+   :func:`sampling_keys`;
 3. causal sampling: Gumbel noise for the n-th new token, key(seed, 3, n, 0).
 
 ``mix`` is the 32-bit finalizer "lowbias32" of C. Wellons' hash prospector (https://nullprogram.com/blog/2018/07/31/).
@@ -27,7 +28,7 @@ _GOLDEN = 0x9E3779B9
 _MASK = 0xFFFFFFFF
 
 
-def mix(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def mix(words: NDArray[np.uint32] | np.uint32) -> NDArray[np.uint32]:
     """Scramble each 32-bit word, bijectively."""
     x = np.asarray(words, np.uint32)
     with np.errstate(over="ignore"):  # wrapping is meant; NumPy warns of it for scalars
@@ -77,4 +78,5 @@ def gumbel(keys: NDArray[np.uint32], positions: NDArray[np.uint32], tokens: NDAr
     words = mix(np.asarray(tokens, np.uint32) ^ bits(keys, positions))
     uniform = words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     with np.errstate(divide="ignore"):
-        return -np.log(-np.log1p(-uniform))
+        noise: NDArray[np.float32] = -np.log(-np.log1p(-uniform))
+    return noise
