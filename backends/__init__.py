@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NAMES = ("mlx", "torch")
 DTYPES = ("float32", "bfloat16")
 
+#: Positions that a causal pass takes at a time: bounds the memory of a long prompt, and keeps every product large.
+PREFILL_CHUNK = 2048
+
 
 class Denoised(NamedTuple):
     """What one denoising step says of each canvas position.
@@ -103,6 +106,15 @@ class Backend(Protocol):
         hidden states float32 [B, L, H] after the embedding, after each layer and after the final norm.
         """
         ...
+
+
+def check_tokens(tokens: NDArray[np.int32], config: ModelConfig) -> None:
+    """Raise InputError unless ``tokens`` is [B, N] with at least one position and every id in the vocabulary."""
+    if tokens.ndim != 2 or not tokens.size:
+        raise InputError(f"token ids must be of shape [rows, positions] with at least one position, got {list(tokens.shape)}")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
+        raise InputError(f"token id {wrong} is outside the vocabulary of {config.vocab_size} tokens")
 
 
 def default_backend() -> str:

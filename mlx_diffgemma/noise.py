@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 CANVAS_STREAM, SAMPLING_STREAM, CAUSAL_STREAM = 1, 2, 3
 
-#: Largest value of the Gumbel noise, -log(-log1p(-u)) at the largest u below 1 in float32, rounded up. A token whose logit lies
-#: further than this below the best perturbed logit cannot be drawn.
+#: Largest value of the Gumbel noise, -log(-log1p(-u)) at the smallest u, 2^-33, rounded up. A token whose logit lies further
+#: than this below the best perturbed logit cannot be drawn.
 MAX_GUMBEL = 22.9
 
 _GOLDEN = 0x9E3779B9

@@ -1,0 +1,50 @@
+"""Keys and values of the committed positions.
+
+Arrays are concatenated, never written in place: a canvas sees what is committed without changing it, and the copy is small
+beside the weights that a step reads anyway. (mlx-lm's rotating cache does not keep the order of positions that a canvas needs.)
+"""
+
+import mlx.core as mx
+
+from mlx_diffgemma.config import ModelConfig
+
+
+class LayerCache:
+    """Keys and values [B, H, S, D] of one layer. A sliding layer keeps what later positions can see: the last window - 1."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def extended(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What is kept, followed by ``keys`` and ``values``; the cache stays as it is."""
+        if self.keys is None or self.values is None:
+            return keys, values
+        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As :meth:`extended`, and keep the new positions too."""
+        keys, values = self.extended(keys, values)
+        drop = max(0, keys.shape[2] - (self.window - 1)) if self.window else 0
+        # A slice would keep the whole of a long prompt alive.
+        self.keys, self.values = (
+            (mx.contiguous(keys[:, :, drop:]), mx.contiguous(values[:, :, drop:])) if drop else (keys, values)
+        )
+        return keys, values
+
+
+class Cache:
+    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions."""
+
+    def __init__(self, config: ModelConfig, batch_size: int = 1) -> None:
+        self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None) for layer in config.layers]
+        self.batch_size = batch_size
+        self.length = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def arrays(self) -> list[mx.array]:
+        """All that is kept, for ``mx.eval``."""
+        return [array for layer in self.layers for array in (layer.keys, layer.values) if array is not None]

@@ -1,0 +1,45 @@
+"""Keys and values of the committed positions.
+
+Tensors are concatenated, never written in place: a canvas sees what is committed without changing it, gradients flow through
+the cache in training, and the copy is small beside the weights that a step reads anyway.
+"""
+
+import torch
+from torch import Tensor
+
+from mlx_diffgemma.config import ModelConfig
+
+
+class LayerCache:
+    """Keys and values [B, H, S, D] of one layer. A sliding layer keeps what later positions can see: the last window - 1."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept, followed by ``keys`` and ``values``; the cache stays as it is."""
+        if self.keys is None or self.values is None:
+            return keys, values
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`extended`, and keep the new positions too."""
+        keys, values = self.extended(keys, values)
+        drop = max(0, keys.shape[2] - (self.window - 1)) if self.window else 0
+        # A slice would keep the whole of a long prompt alive.
+        self.keys, self.values = (keys[:, :, drop:].clone(), values[:, :, drop:].clone()) if drop else (keys, values)
+        return keys, values
+
+
+class Cache:
+    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions."""
+
+    def __init__(self, config: ModelConfig, batch_size: int = 1) -> None:
+        self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None) for layer in config.layers]
+        self.batch_size = batch_size
+        self.length = 0
+
+    def __len__(self) -> int:
+        return self.length
