@@ -1,1 +1,27 @@
-"""DiffusionGemma on MLX and on PyTorch: one API, one checkpoint, the same tokens."""
+"""DiffusionGemma on MLX and on PyTorch: one API, one checkpoint, the same tokens.
+
+>>> from mlx_diffgemma import load
+>>> model = load("google/diffusiongemma-26B-A4B-it")
+>>> print(model.generate("Why is the sky blue?", seed=0).text)
+
+Importing this package imports neither framework; loading a model imports the one that is chosen.
+"""
+
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.errors import BackendError, CheckpointError, DiffGemmaError, InputError
+from mlx_diffgemma.pipeline import DiffusionGemma, Generation, Statistics, load
+from mlx_diffgemma.sampler import Block, Draft
+
+__all__ = [
+    "BackendError",
+    "Block",
+    "CheckpointError",
+    "DiffGemmaError",
+    "DiffusionGemma",
+    "Draft",
+    "Generation",
+    "GenerationConfig",
+    "InputError",
+    "Statistics",
+    "load",
+]
