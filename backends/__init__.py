@@ -107,6 +107,10 @@ class Backend(Protocol):
         """
         ...
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that the framework has held on the device at once, or None where it keeps no count."""
+        ...
+
 
 def check_tokens(tokens: NDArray[np.int32], config: ModelConfig) -> None:
     """Raise InputError unless ``tokens`` is [B, N] with at least one position and every id in the vocabulary."""

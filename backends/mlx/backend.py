@@ -28,7 +28,7 @@ def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None
     dtype = dtype or ("float32" if place == mx.cpu else "bfloat16")
     with mx.stream(place):
         model = TextModel(checkpoint.config)
-        quantize_modules(model, checkpoint.quantization)
+        quantize_modules(model, checkpoint.quantization, _DTYPES[dtype])
         checkpoint.check({name: array.shape for name, array in dict(tree_flatten(model.parameters())).items()})
         model.load_weights(_tensors(checkpoint, _DTYPES[dtype]))
     return MlxBackend(model, place, dtype)
@@ -125,3 +125,6 @@ class MlxBackend:
             if trace is not None:
                 trace.extend(np.array(state.astype(mx.float32)) for state in states)
             return np.array(self.model.head(hidden))
+
+    def peak_memory(self) -> int | None:
+        return mx.get_peak_memory()

@@ -24,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> "TorchBackend":
     """Load ``checkpoint``; see :func:`mlx_diffgemma.backends.load_backend`.
 
-    Tensors are memory-mapped one file at a time. On a CPU those already of the wanted type stay mapped, and are never copied.
+    Tensors are memory-mapped. On a CPU those already of the wanted type stay so, and are never copied.
     """
     place = _device(device)
     dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
@@ -52,13 +52,12 @@ def _device(device: str | None) -> torch.device:
 
 def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
     tensors = {}
-    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        with safe_open(file, framework="pt", device=str(device)) as shard:
-            for name, stored in checkpoint.tensors.items():
-                if stored.file == file:
-                    tensor = shard.get_tensor(stored.name)
-                    packed = name.rpartition(".")[0] in checkpoint.quantization  # kept as stored, to the bit
-                    tensors[name] = tensor if packed else tensor.to(dtype)
+    for name, stored in checkpoint.tensors.items():
+        # A file's pages count as ours until it is closed: opened a tensor at a time, no more than one is held in two types.
+        with safe_open(stored.file, framework="pt", device=str(device)) as shard:
+            tensor = shard.get_tensor(stored.name)
+            packed = name.rpartition(".")[0] in checkpoint.quantization  # kept as stored, to the bit
+            tensors[name] = tensor if packed else tensor.to(dtype)
     return tensors
 
 
@@ -130,6 +129,9 @@ class TorchBackend:
         if trace is not None:
             trace.extend(self._to_numpy(state.float()) for state in states)
         return self._to_numpy(self.model.head(hidden))
+
+    def peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.startswith("cuda") else None
 
     def _to_device(self, tokens: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.device)

@@ -16,9 +16,9 @@ from mlx_diffgemma.backends.torch.model import TextModel
 CPU_TILE = 2**18
 
 #: A CPU makes noise only for tokens that can win: those within NEAR of the best perturbed logit, and of the others the few
-#: whose noise exceeds NEAR. Noise falls as the random word grows, so these are the words below FAR_WORDS.
-NEAR = 8.0
-FAR_WORDS = math.ceil(-math.expm1(-math.exp(-NEAR)) * 2**32) + 1
+#: whose noise exceeds NEAR. Noise falls as the random word grows, and exceeds NEAR only where the word's upper bits are zero.
+FAR_BITS = 21
+NEAR = 1e-3 - math.log(-math.log1p(-(2.0 ** (FAR_BITS - 32))))
 
 
 def step(
@@ -43,8 +43,9 @@ def step(
         argmax, sampled (int64 [B, L]), entropy (float32 [B, L], nats), and the next step's soft embeddings [B, L, H].
     """
     hidden = model.denoise(canvas, cache, soft_embeddings)
-    logits = model.head(hidden).div_(temperature)  # [B, L, V]
-    argmax, sampled, entropy, probabilities = statistics(logits, noise, hidden.dtype)
+    raw = model.embed_tokens.as_linear(hidden).float()  # [B, L, V]
+    cap = model.config.final_logit_softcapping
+    argmax, sampled, entropy, probabilities = statistics(raw, noise, hidden.dtype, cap=cap, temperature=temperature)
     soft = model.soft_embeddings(probabilities)
     if frozen is not None:
         known, token = frozen >= 0, frozen.clamp(min=0)
@@ -54,57 +55,78 @@ def step(
     return argmax, sampled, entropy, soft
 
 
-def statistics(logits: Tensor, noise: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Argmax, sample, entropy and probabilities of tempered logits float32 [B, L, V], which are overwritten.
+def statistics(
+    raw: Tensor, noise: Tensor | None, dtype: torch.dtype, *, cap: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
 
-    The probabilities are the float32 softmax of the logits rounded to ``dtype``, and are of that type.
+    Args:
+        raw: float32 [B, L, V], the head's output before its softcap; overwritten.
+        noise: int32 [B, L] as in :func:`step`, or None.
+
+    Returns:
+        argmax, sampled (int64 [B, L]), entropy (float32 [B, L], nats), and the probabilities [B, L, V], which are the float32
+        softmax of the tempered logits rounded to ``dtype``, and are of that type.
     """
-    rows = logits.flatten(0, 1)
+    rows = raw.flatten(0, 1)
     tile = rows.shape[0] if rows.is_cuda else max(1, CPU_TILE // rows.shape[1])
     probabilities = rows if dtype == torch.float32 else torch.empty_like(rows, dtype=dtype)
+    # Fresh pages for every tile would cost more than what is computed in them.
+    weights, words, shifted = (
+        torch.empty_like(rows[:tile]),
+        *torch.empty(2, *rows[:tile].shape, dtype=torch.int32, device=raw.device),
+    )
     parts = []
     for start in range(0, rows.shape[0], tile):
         span = slice(start, start + tile)
-        best, argmax = rows[span].max(dim=-1)
-        sampled = argmax if noise is None else _sample(rows[span], noise.flatten()[span], best, argmax)
+        scores = rows[span].div_(cap).tanh_().mul_(cap / temperature)
+        size = len(scores)
+        best, argmax = scores.max(dim=-1)
+        if noise is None:
+            sampled = argmax
+        else:
+            torch.bitwise_xor(
+                noise.view(-1, 1)[span], torch.arange(rows.shape[1], dtype=torch.int32, device=raw.device), out=words[:size]
+            )
+            sampled = _sample(scores, mix_(words[:size], shifted[:size]), shifted[:size], best, argmax)
         if dtype != torch.float32:
-            probabilities[span] = rows[span].to(dtype).softmax(dim=-1, dtype=torch.float32).to(dtype)
-        shifted = rows[span].sub_(best[:, None])
-        weights = shifted.exp()
-        total = weights.sum(dim=-1)
-        entropy = total.log() - shifted.mul_(weights).sum(dim=-1) / total
+            probabilities[span] = scores.to(dtype).softmax(dim=-1, dtype=torch.float32).to(dtype)
+        torch.exp(scores.sub_(best[:, None]), out=weights[:size])
+        total = weights[:size].sum(dim=-1)
+        entropy = total.log() - scores.mul_(weights[:size]).sum(dim=-1) / total
         if dtype == torch.float32:
-            torch.div(weights, total[:, None], out=probabilities[span])
+            torch.div(weights[:size], total[:, None], out=scores)  # the probabilities take the logits' place
         parts.append((argmax, sampled, entropy))
-    argmax, sampled, entropy = (torch.cat(part).view(logits.shape[:2]) for part in zip(*parts, strict=True))
-    return argmax, sampled, entropy, probabilities.view(logits.shape)
+    argmax, sampled, entropy = (torch.cat(part).view(raw.shape[:2]) for part in zip(*parts, strict=True))
+    return argmax, sampled, entropy, probabilities.view(raw.shape)
 
 
-def _sample(scores: Tensor, noise: Tensor, best: Tensor, argmax: Tensor) -> Tensor:
-    """argmax(scores + Gumbel noise) of scores float32 [R, V] whose maxima are ``best`` at ``argmax``; noise int32 [R]."""
-    tokens = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
-    words = mix_(tokens ^ noise[:, None])
+def _sample(scores: Tensor, words: Tensor, shifted: Tensor, best: Tensor, argmax: Tensor) -> Tensor:
+    """argmax(scores + noise) of scores float32 [R, V] and the noise's words int32 [R, V]; ``shifted`` is room for as many.
+
+    The scores' maxima are ``best`` at ``argmax``.
+    """
     if scores.is_cuda:
         return (gumbel(words) + scores).argmax(dim=-1)
     # The best perturbed logit is at least that of the likeliest token.
     least = best + gumbel(words.gather(1, argmax[:, None]))[:, 0]
-    row, token = (((words >= 0) & (words < FAR_WORDS)) | (scores > (least - NEAR)[:, None])).nonzero(as_tuple=True)
+    loud = torch.bitwise_right_shift(words, FAR_BITS, out=shifted) == 0
+    row, token = loud.logical_or_(scores > (least - NEAR)[:, None]).nonzero(as_tuple=True)
     perturbed = scores[row, token] + gumbel(words[row, token])
     winner = torch.full_like(best, -torch.inf).scatter_reduce(0, row, perturbed, "amax")
     wins = perturbed == winner[row]
     return torch.full_like(argmax, scores.shape[1]).scatter_reduce(0, row[wins], token[wins], "amin")
 
 
-def mix_(words: Tensor) -> Tensor:
-    """:func:`mlx_diffgemma.noise.mix` in place, on int32 that stand for 32-bit words; their products wrap around."""
-    shifted = torch.empty_like(words)
+def mix_(words: Tensor, shifted: Tensor) -> Tensor:
+    """:func:`mlx_diffgemma.noise.mix` in place, on int32 that stand for 32-bit words; ``shifted`` is room for as many."""
 
     def fold_down(places: int) -> None:
         torch.bitwise_right_shift(words, places, out=shifted)
         words.bitwise_xor_(shifted.bitwise_and_((1 << (32 - places)) - 1))  # the shift copies the sign; clear it
 
     fold_down(16)
-    words.mul_(0x7FEB352D)
+    words.mul_(0x7FEB352D)  # products wrap around
     fold_down(15)
     words.mul_(0x846CA68B - 2**32)
     fold_down(16)

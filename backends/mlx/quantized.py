@@ -1,0 +1,125 @@
+"""Modules whose weights stay packed as MLX stores them, in MLX.
+
+A packed weight [.., out, in * bits / 32] is multiplied as it is, by ``mx.quantized_matmul`` and ``mx.gather_qmm``. Results have
+the dtype of the activations. (``nn.QuantizedLinear`` answers in the wider of the activations' and the scales' types, and packs
+a random matrix each time one is made.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from mlx_diffgemma.checkpoint import Quantization
+from mlx_diffgemma.errors import BackendError, CheckpointError
+
+#: Group sizes and bits of each mode.
+FORMATS = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+
+
+class Quantized(nn.Module):
+    """The packed weight of a module of weights [.., out, in], under the checkpoint's names, with room to load it."""
+
+    def __init__(self, shape: tuple[int, ...], quantization: Quantization) -> None:
+        super().__init__()
+        self.format: dict[str, Any] = {
+            "group_size": quantization.group_size,
+            "bits": quantization.bits,
+            "mode": quantization.mode,
+        }
+        *rows, size = shape
+        groups = (*rows, size // quantization.group_size)
+        affine = quantization.mode == "affine"
+        self.weight = mx.zeros((*rows, size * quantization.bits // 32), dtype=mx.uint32)
+        self.scales = mx.zeros(groups, dtype=mx.bfloat16 if affine else mx.uint8)
+        self.biases = mx.zeros(groups, dtype=mx.bfloat16) if affine else None
+
+    def rows(self, index: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The weights at ``index`` of the first dimension, computed in float32 and then rounded to ``dtype``."""
+        weight, scales = self.weight[index], self.scales[index]
+        if self.biases is None:
+            return mx.dequantize(weight, scales, dtype=mx.float32, **self.format).astype(dtype)
+        biases = self.biases[index].astype(mx.float32)
+        return mx.dequantize(weight, scales.astype(mx.float32), biases, **self.format).astype(dtype)
+
+    def matmul(self, x: mx.array, *, transpose: bool) -> mx.array:
+        """x [.., in] times the transpose [.., out], or x [.., out] times the weight itself [.., in]."""
+        y = mx.quantized_matmul(_summable(x), self.weight, self.scales, self.biases, transpose=transpose, **self.format)
+        return y.astype(x.dtype)
+
+
+class QuantizedLinear(Quantized):
+    """``nn.Linear`` without bias, weight [out, in]."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.matmul(x, transpose=True)
+
+
+class QuantizedEmbedding(Quantized):
+    """The token table [V, H], in all three of its uses. ``dtype`` is that of the rows it looks up."""
+
+    def __init__(self, shape: tuple[int, ...], quantization: Quantization, dtype: mx.Dtype) -> None:
+        super().__init__(shape, quantization)
+        self.dtype = dtype
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.rows(tokens, self.dtype)  # [.., H]
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.matmul(x, transpose=True)  # [.., V]
+
+    def weighted_rows(self, probabilities: mx.array) -> mx.array:
+        return self.matmul(probabilities, transpose=False)  # [.., H]
+
+
+class QuantizedExpertLinear(Quantized):
+    """One linear map an expert, weight [E, out, in]."""
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        """Rows of x [M, 1, in] are sorted by expert; ``experts`` (uint32 [M]) says which is whose. Gives [M, 1, out]."""
+        y = mx.gather_qmm(
+            _summable(x), self.weight, self.scales, self.biases, rhs_indices=experts, sorted_indices=True, **self.format
+        )
+        return y.astype(x.dtype)
+
+
+def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype: mx.Dtype) -> None:
+    """Replace the modules of ``model`` at the paths in ``table`` by quantized ones, ready to be loaded.
+
+    What a module is shows in its form: a token table has ``as_linear``, experts have a weight of three dimensions, and all else
+    is an ``nn.Linear`` without bias. ``dtype`` is the activations'.
+
+    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups, BackendError where a format
+    is not one of :data:`FORMATS`.
+    """
+    modules, quantized = dict(model.named_modules()), list[tuple[str, nn.Module]]()
+    for path, quantization in table.items():
+        groups, bits = FORMATS.get(quantization.mode, ((), ()))
+        if quantization.group_size not in groups or quantization.bits not in bits:
+            raise BackendError(f"{path} is quantized as {quantization}, which is not supported; convert the checkpoint again")
+        if path not in modules:
+            raise CheckpointError(f"{path} is quantized, but the model has no such module")
+        module = modules[path]
+        weight = module.get("weight")
+        if weight is None or weight.ndim < 2:
+            raise CheckpointError(f"{path} is quantized, but is not a matrix")
+        if weight.shape[-1] % quantization.group_size:
+            raise CheckpointError(f"{path}: rows of {weight.shape[-1]} weights are no whole number of groups ({quantization})")
+        if hasattr(module, "as_linear"):
+            quantized.append((path, QuantizedEmbedding(weight.shape, quantization, dtype)))
+        else:
+            kind = QuantizedExpertLinear if weight.ndim == 3 else QuantizedLinear
+            quantized.append((path, kind(weight.shape, quantization)))
+    model.update_modules(tree_unflatten(quantized))
+
+
+def _summable(x: mx.array) -> mx.array:
+    """Activations in a type that products accumulate well in: MLX's CPU sums in that of its operands, its GPU in float32."""
+    return x.astype(mx.float32) if mx.default_device() == mx.Device(mx.DeviceType.cpu) else x

@@ -1,0 +1,99 @@
+"""A denoising step on the CPU: this project's torch backend against transformers, turn by turn in one process.
+
+    python benchmarks/step_torch.py [--steps 8] [--rounds 3] [--json FILE]
+
+Model: "mid" of checkpoints.py (hidden 768, 8 layers, 32 experts top 4, vocabulary 65,536), canvas 256 after a prefix of 600,
+float32. A step is all of it: graph, statistics, sampling, acceptance, stop rule and self-conditioning, at temperatures from 0.8
+down. Each program runs its own loop: ours `block_diffusion`, theirs `generate`, whose step function is timed from outside.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from mlx_diffgemma import Draft
+from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.sampler import block_diffusion
+
+PREFIX = 600
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is made")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true", help="say where our step's time goes")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkpoints.write(arguments.folder or Path(temporary), "mid")
+        checkpoint = Checkpoint.open(folder)
+        backend = load_backend(checkpoint, "torch", device="cpu", dtype="float32")
+        reference = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, (1, PREFIX), dtype=np.int32)
+    config = checkpoint.generation.replace(
+        max_new_tokens=checkpoint.config.canvas_length, max_denoising_steps=arguments.steps, confidence_threshold=1e-9
+    )
+
+    def ours() -> list[float]:
+        return [event.seconds for event in block_diffusion(backend, prompt, config, seed=0) if isinstance(event, Draft)]
+
+    def theirs() -> list[float]:
+        seconds, step = [], type(reference)._denoising_step
+
+        def timed(self: object, *args: object, **kwargs: object) -> object:
+            started = time.perf_counter()
+            result = step(self, *args, **kwargs)
+            seconds.append(time.perf_counter() - started)
+            return result
+
+        type(reference)._denoising_step = timed
+        try:
+            reference.generate(
+                torch.from_numpy(prompt).long(),
+                max_new_tokens=config.max_new_tokens,
+                max_denoising_steps=arguments.steps,
+                confidence_threshold=1e-9,
+            )
+        finally:
+            type(reference)._denoising_step = step
+        return seconds
+
+    ours(), theirs()
+    pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
+    mine, other = ([second for round_ in part for second in round_] for part in zip(*pairs, strict=True))
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in pairs]
+    result = {
+        "command": "python benchmarks/step_torch.py",
+        "date": date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ours_s": {"median": statistics.median(mine), "min": min(mine), "max": max(mine)},
+        "transformers_s": {"median": statistics.median(other), "min": min(other), "max": max(other)},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+    }
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            ours()
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Text <-> ids, and the chat template: the only room that knows text.
+
+Two kinds of files are read: ``tokenizer.json``, and SentencePiece's ``tokenizer.model``; both hold Gemma's BPE, in which a
+space is written ``▁`` and a character that is not in the vocabulary falls back to the bytes of its UTF-8, pieces named
+``<0x00>`` to ``<0xFF>``. transformers reads and encodes both and renders the chat template in its sandbox; it is imported
+when a tokenizer is loaded, and takes half a second then.
+"""
+
+import codecs
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mlx_diffgemma.checkpoint import read_json
+from mlx_diffgemma.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What opens and closes a turn of a chat; never part of what a person reads.
+_TURN_MARKERS = ("<|turn>", "<turn|>")
+
+_REQUIRED = ("pad_token", "eos_token", "bos_token")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_MEDIA = {"image": "images are", "video": "video is", "audio": "audio is"}
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer. Made by :meth:`from_folder`.
+
+    Attributes:
+        vocab_size: number of ids; each is below it.
+        pad_token_id, eos_token_id, bos_token_id: as the checkpoint names them.
+    """
+
+    def __init__(self, backend: "PreTrainedTokenizerBase", end_token_ids: Iterable[int] = ()) -> None:
+        self._backend = backend
+        self.vocab_size = len(backend)
+        self.pad_token_id, self.eos_token_id, self.bos_token_id = (self._required_id(name) for name in _REQUIRED)
+        markers = {self.token_id(marker) for marker in _TURN_MARKERS} - {None}
+        self._structural = {self.pad_token_id, self.eos_token_id, self.bos_token_id, *end_token_ids, *markers}
+
+    @classmethod
+    def from_folder(cls, folder: Path, end_token_ids: Iterable[int] = ()) -> Self:
+        """Read ``tokenizer.json`` or else ``tokenizer.model``, with ``tokenizer_config.json`` and the chat template if there.
+
+        Args:
+            end_token_ids: what ends a text besides the end token and the turn's end; :meth:`decode` drops these too.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        # Where PyTorch is not installed, transformers would otherwise advise on stderr to have it.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
+
+        kinds: dict[str, type[PreTrainedTokenizerBase]] = {
+            "tokenizer.json": PreTrainedTokenizerFast,
+            "tokenizer.model": SentencePieceBackend,
+        }
+        name = next((name for name in kinds if (folder / name).is_file()), None)
+        if name is None:
+            raise CheckpointError(f"{folder}: neither tokenizer.json nor tokenizer.model is there; is this a model folder?")
+        if (folder / "tokenizer_config.json").exists():
+            read_json(folder / "tokenizer_config.json")  # only to name it where it is damaged
+        try:
+            backend = kinds[name].from_pretrained(str(folder), local_files_only=True)
+        # A damaged file raises whatever the reader stumbles over, in the Rust library even a bare Exception.
+        except Exception as broken:
+            reason = f"{type(broken).__name__}: {broken}".partition("\n")[0]
+            raise CheckpointError(
+                f"{folder}: {name} and the files beside it cannot be read ({reason}); fetch them again"
+            ) from broken
+        return cls(backend, end_token_ids)
+
+    def _required_id(self, name: str) -> int:
+        """Id of the token named ``pad_token`` and so on; Gemma's own ``<pad>`` where the checkpoint names none."""
+        named = getattr(self._backend, name)
+        text = named or f"<{name.removesuffix('_token')}>"
+        token = self.token_id(text)
+        if token is None:
+            raise CheckpointError(f"the tokenizer has no {text}; is this a DiffusionGemma's?")
+        if not named:
+            self._backend.add_special_tokens({name: text})  # the chat template reads it there, and so does encode
+        return token
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the one token written ``text``, such as ``<|channel>``; None where the vocabulary has none."""
+        token = self._backend.convert_tokens_to_ids(text)
+        # An unknown text gives the id of <unk>, or None where there is none.
+        return token if isinstance(token, int) and self._backend.convert_ids_to_tokens(token) == text else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, with nothing added: the beginning-of-sequence token comes from the chat template.
+
+        Markup such as ``<|turn>`` in the text is read as the special token. Raises InputError for text that is not valid
+        Unicode (lone surrogates, as from a file name).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as wrong:
+            raise InputError(f"the text is not valid Unicode: a lone surrogate at character {wrong.start}") from None
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
+        """Text for people: without padding, beginning, end and turn markers; tool calls and channels stay as written.
+
+        Bytes that are no UTF-8 become U+FFFD. With ``final`` false, an incomplete character at the end is held back instead;
+        the text of a growing list of ids then only ever grows at its end, as streaming needs.
+
+        Raises InputError for an id outside the vocabulary.
+        """
+        kept = [int(token) for token in ids if token not in self._structural]
+        outside = [token for token in kept if not 0 <= token < self.vocab_size]
+        if outside:
+            raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        # The libraries' own decoders garble a whole run of bytes for one that is wrong (tokenizers), or drop control tokens
+        # (sentencepiece).
+        written = b"".join(_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(kept))
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_options: Any,
+    ) -> str:
+        """The conversation as the checkpoint's chat template writes it.
+
+        Args:
+            messages: mappings with ``role`` and ``content``. The content is a string, or a list of parts such as
+                ``{"type": "text", "text": "Hi"}``, or None; an assistant's message may do without it (tool calls).
+            add_generation_prompt: end with what has the model answer.
+            tools: JSON schemas of the functions that the model may call.
+            template_options: variables of the template, such as ``enable_thinking``.
+
+        Raises:
+            InputError: the messages are of the wrong form or hold images, video or audio; the template refuses them; or the
+                checkpoint has no chat template.
+        """
+        from jinja2 import TemplateError
+
+        _check_messages(messages)
+        if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
+            raise InputError("tools must be a list of JSON schemas, one mapping a function")
+        if not self._backend.chat_template:
+            raise InputError("this checkpoint has no chat template; give a raw prompt instead of messages")
+        try:
+            text = self._backend.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **template_options,
+            )
+        # The last three are what Python raises inside of a template that calculates with values of the wrong form.
+        except (TemplateError, TypeError, ValueError, OverflowError) as refused:
+            raise InputError(f"the chat template refuses this conversation: {str(refused).partition(chr(10))[0]}") from refused
+        return str(text)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_options: Any
+    ) -> list[int]:
+        """Ids of the conversation; arguments and errors are those of :meth:`render`."""
+        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt, **template_options))
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if byte := _BYTE_PIECE.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace("▁", " ").encode()
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    if not _is_list(messages) or not messages:
+        raise InputError("messages must be a non-empty list of mappings with role and content")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f"messages[{index}] must be a mapping with role and content")
+        content = message.get("content")
+        if "content" not in message and message["role"] not in ("assistant", "model"):
+            raise InputError(f"messages[{index}] has no content")
+        if content is None or isinstance(content, str):
+            continue
+        if not _is_list(content):
+            raise InputError(f"messages[{index}]: content must be a string or a list of parts, got {type(content).__name__}")
+        for part in content:
+            _check_part(part, f"messages[{index}]")
+
+
+def _check_part(part: Any, where: str) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str):
+        raise InputError(
+            f'{where}: a part of the content must be a mapping with a type, such as {{"type": "text", "text": "Hi"}}'
+        )
+    for medium, media_are in _MEDIA.items():
+        if medium in kind:  # image_url and input_audio are other names in use
+            raise InputError(f"{where}: {media_are} not supported yet; text only")
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise InputError(f"{where}: a part of type {kind!r} must be of type text, with a string as its text")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

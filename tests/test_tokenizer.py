@@ -1,0 +1,383 @@
+"""The tokenizer against transformers' own loading, SentencePiece's own encoding, and properties of text."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import CONFIG, CORPUS, MIN_VOCAB_SIZE, SPECIAL_TOKENS, write_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.tokenizer import Tokenizer
+
+DATA = Path(__file__).parent / "data"
+CASES = json.loads((DATA / "template_cases.json").read_text(encoding="utf-8"))
+MEDIA_CASES = [case for case in CASES if any(media in case["rendered"] for media in ("<|image|>", "<|audio|>", "<|video|>"))]
+TEXT_CASES = [case for case in CASES if case not in MEDIA_CASES]
+QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
+TOOL_CALL = '<|channel>thought\nHm.<channel|><|tool_call>call:weather{city:<|"|>Paris<|"|>}<tool_call|>'
+
+# A space is written ▁, so that ▁ itself comes back as a space.
+plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")).filter(
+    lambda text: not any(token in text for token in SPECIAL_TOKENS)
+)
+few = settings(max_examples=60, deadline=None)
+
+
+def named(case: dict) -> str:
+    return case["name"]
+
+
+def write_sentencepiece(folder: Path) -> None:
+    """A tokenizer.model as Gemma's: BPE with byte fallback, text left as it is, special tokens as user-defined symbols."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        control_symbols=["<|tool_call>"],
+        user_defined_symbols=[
+            token for token in SPECIAL_TOKENS if token not in ("<pad>", "<eos>", "<bos>", "<unk>", "<|tool_call>")
+        ],
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    shutil.copyfile(DATA / "chat_template.jinja", folder / "chat_template.jinja")
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("json")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    write_sentencepiece(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["json", "sentencepiece"])
+def tokenizer(request):
+    return Tokenizer.from_folder(request.getfixturevalue(f"{request.param}_folder"))
+
+
+@pytest.fixture(scope="module")
+def reference(json_folder):
+    return AutoTokenizer.from_pretrained(json_folder, local_files_only=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of its own, for damage."""
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+# --- encoding
+
+
+@pytest.mark.parametrize(
+    "text", [*CORPUS, "", " ", "  two\n\nlines ", "猫🦀 ё", TOOL_CALL, "<bos><|turn>user\nHi<turn|>", "a <pad> b"]
+)
+def test_ids_are_those_of_transformers(json_folder, reference, text):
+    assert Tokenizer.from_folder(json_folder).encode(text) == reference.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("text", [*CORPUS, "", " ", "  two\n\nlines ", "猫🦀 ё", "<|turn>user\nHi<turn|>"])
+def test_ids_are_those_of_sentencepiece(sentencepiece_folder, text):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    assert Tokenizer.from_folder(sentencepiece_folder).encode(text) == processor.encode(text)
+
+
+@given(text=plain_text)
+@few
+def test_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=plain_text)
+@few
+def test_text_is_that_of_transformers(json_folder, reference, text):
+    ids = reference.encode(text, add_special_tokens=False)
+    assert Tokenizer.from_folder(json_folder).decode(ids) == reference.decode(ids)
+
+
+def test_markup_in_the_text_is_read_as_the_special_token(tokenizer):
+    tokens = ["<bos>", "<|turn>", "<|channel>", "<|tool_call>", "<|image|>", "<|video|>", "<pad>"]
+    ids = [tokenizer.token_id(token) for token in tokens]
+    assert None not in ids
+    assert tokenizer.encode("".join(tokens)) == ids
+    assert [token for token in tokenizer.encode("is " + " is ".join(tokens) + " is") if token in ids] == ids
+
+
+def test_nothing_is_added_though_the_file_would_add_it(folder):
+    text, file = "Why?", str(folder / "tokenizer.json")
+    expected = Tokenizer.from_folder(folder).encode(text)
+    stored = tokenizers.Tokenizer.from_file(file)
+    stored.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    stored.save(file)
+    assert stored.encode(text).ids == [2, *expected]
+    assert Tokenizer.from_folder(folder).encode(text) == expected
+
+
+def test_named_ids(tokenizer):
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer.token_id("<|no such token|>") is None
+
+
+def test_lone_surrogates_are_refused(tokenizer):
+    with pytest.raises(InputError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\udcff")
+
+
+# --- decoding
+
+
+def test_decode_drops_structure_and_keeps_tool_calls_and_channels(tokenizer):
+    ids = tokenizer.encode(f"<bos><|turn>{TOOL_CALL}<turn|><eos><pad><pad>")
+    assert tokenizer.decode(ids) == TOOL_CALL
+
+
+def test_decode_drops_configured_ends(json_folder):
+    tokenizer = Tokenizer.from_folder(json_folder, end_token_ids=[50])
+    assert tokenizer.decode(tokenizer.encode(f"{TOOL_CALL}<|tool_response>")) == TOOL_CALL
+
+
+def test_a_wrong_byte_garbles_nothing_else(tokenizer):
+    crab = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in "🦀".encode()]
+    assert tokenizer.decode(crab + crab[:2] + crab) == "🦀\ufffd🦀"
+
+
+def test_streaming_holds_an_incomplete_character_back(tokenizer):
+    ids = tokenizer.encode("a🦀b")
+    assert [tokenizer.decode(ids[:count], final=False) for count in range(len(ids) + 1)] == [
+        "",
+        "a",
+        "a",
+        "a",
+        "a",
+        "a🦀",
+        "a🦀b",
+    ]
+    assert tokenizer.decode(ids[:3]) == "a\ufffd"
+
+
+@given(data=st.data())
+@few
+def test_text_of_growing_ids_only_grows(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
+    shown = ""
+    for count in range(len(ids) + 1):
+        text = tokenizer.decode(ids[:count], final=False)
+        assert text.startswith(shown)
+        shown = text
+    assert tokenizer.decode(ids).startswith(shown)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer, token):
+    with pytest.raises(InputError, match=f"token id {token} is outside"):
+        tokenizer.decode([2, token])
+
+
+# --- chat
+
+
+@pytest.mark.parametrize("case", TEXT_CASES, ids=named)
+def test_template_renders_the_released_templates_text(tokenizer, case):
+    context = {name: value for name, value in case["context"].items() if name != "bos_token"}
+    assert tokenizer.render(**context) == case["rendered"]
+
+
+@pytest.mark.parametrize("case", MEDIA_CASES, ids=named)
+def test_media_are_refused_though_the_template_knows_them(json_folder, reference, case):
+    assert reference.apply_chat_template(case["context"]["messages"], tokenize=False, **options(case)) == case["rendered"]
+    with pytest.raises(InputError, match=r"messages\[\d\]: (images|video|audio) (is|are) not supported yet; text only"):
+        Tokenizer.from_folder(json_folder).render(case["context"]["messages"], **options(case))
+
+
+@pytest.mark.parametrize("case", TEXT_CASES, ids=named)
+def test_chat_ids_are_those_of_transformers(json_folder, reference, case):
+    messages = case["context"]["messages"]
+    expected = reference.apply_chat_template(messages, return_dict=False, **options(case))
+    assert Tokenizer.from_folder(json_folder).chat(messages, **options(case)) == expected
+
+
+def options(case: dict) -> dict:
+    return {name: value for name, value in case["context"].items() if name not in ("bos_token", "messages")}
+
+
+def test_chat_ends_with_the_generation_prompt_unless_told_not_to(tokenizer):
+    prompt = tokenizer.encode("<|turn>model\n")
+    assert tokenizer.chat(QUESTION)[-len(prompt) :] == prompt
+    assert tokenizer.chat(QUESTION) == tokenizer.chat(QUESTION, add_generation_prompt=False) + prompt
+
+
+@pytest.mark.parametrize("inline", ["{{ bos_token }}inline", [{"name": "default", "template": "{{ bos_token }}inline"}]])
+def test_template_may_lie_in_the_config(folder, inline):
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG | {"chat_template": inline}))
+    assert Tokenizer.from_folder(folder).render(QUESTION) == "<bos>inline"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate"),
+        ("{{ range(10 ** 9) }}", "Range too big"),
+    ],
+)
+def test_template_that_fails_is_an_input_error(folder, template, message):
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=message) as caught:
+        Tokenizer.from_folder(folder).render(QUESTION)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_template_a_raw_prompt_is_asked_for(tmp_path):
+    write_tokenizer(tmp_path, chat_template=False)
+    with pytest.raises(InputError, match="no chat template; give a raw prompt"):
+        Tokenizer.from_folder(tmp_path).chat(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "non-empty list"),
+        ("Hi", "non-empty list"),
+        ({"role": "user", "content": "Hi"}, "non-empty list"),
+        (["Hi"], r"messages\[0\] must be a mapping with role and content"),
+        ([{"content": "Hi"}], r"messages\[0\] must be a mapping with role and content"),
+        ([{"role": 1, "content": "Hi"}], r"messages\[0\] must be a mapping with role and content"),
+        ([*QUESTION, {"role": "user", "text": "Hi"}], r"messages\[1\] has no content"),
+        ([{"role": "user", "content": 1}], "content must be a string or a list of parts, got int"),
+        ([{"role": "user", "content": b"Hi"}], "content must be a string or a list of parts, got bytes"),
+        ([{"role": "user", "content": ["Hi"]}], "must be a mapping with a type"),
+        ([{"role": "user", "content": [{"text": "Hi"}]}], "must be a mapping with a type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "with a string as its text"),
+        ([{"role": "user", "content": [{"type": "file", "text": "Hi"}]}], "'file' must be of type text"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "audio is not supported yet"),
+    ],
+)
+def test_messages_of_the_wrong_form_are_refused(tokenizer, messages, message):
+    with pytest.raises(InputError, match=message):
+        tokenizer.chat(messages)
+
+
+def test_tools_of_the_wrong_form_are_refused(tokenizer):
+    with pytest.raises(InputError, match="tools must be a list of JSON schemas"):
+        tokenizer.chat(QUESTION, tools=["weather"])
+    with pytest.raises(InputError, match="the chat template refuses this conversation"):
+        tokenizer.chat(QUESTION, tools=[{"name": "weather"}])
+
+
+# --- files
+
+
+@pytest.mark.parametrize("vocab_size", [MIN_VOCAB_SIZE, 300, 512, 4096])
+def test_tiny_tokenizer_uses_every_id(tmp_path, vocab_size):
+    write_tokenizer(tmp_path, vocab_size)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.vocab_size == vocab_size
+    assert sorted(AutoTokenizer.from_pretrained(tmp_path).get_vocab().values()) == list(range(vocab_size))
+    assert tokenizer.decode(tokenizer.encode("Why is\n 猫 ?")) == "Why is\n 猫 ?"
+    if vocab_size >= 512:
+        assert [tokenizer.token_id(token) for token in ("<|tool_call>", "<|channel>", "<turn|>")] == [48, 100, 106]
+
+
+@pytest.mark.parametrize("kind", ["json", "sentencepiece"])
+def test_config_and_template_are_optional(request, tmp_path, kind):
+    shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer.render(QUESTION).startswith("<bos><|turn>user\n")
+    assert tokenizer.chat(QUESTION)[:2] == [2, tokenizer.token_id("<|turn>")]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", b"", "tokenizer.json .*cannot be read"),
+        ("tokenizer.json", b"{}", "tokenizer.json .*cannot be read"),
+        ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE"}}', "tokenizer.json .*cannot be read"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: cannot be read"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "files beside it cannot be read .*bos_token"),
+        ("chat_template.jinja", b"\xff\xfe", "files beside it cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(folder, file, content, message):
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_sentencepiece_model_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model .*cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("<pad>", "[PAD]"), encoding="utf-8")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="the tokenizer has no <pad>"):
+        Tokenizer.from_folder(folder)
+
+
+# --- imports
+
+
+def test_transformers_is_imported_when_text_is_touched_and_torch_never(json_folder):
+    script = f"""
+import importlib.util, sys
+from pathlib import Path
+from mlx_diffgemma.tokenizer import Tokenizer
+heavy = {{"transformers", "tokenizers", "sentencepiece", "jinja2", "torch", "mlx"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+find = importlib.util.find_spec  # as on a machine without PyTorch
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+tokenizer = Tokenizer.from_folder(Path({str(json_folder)!r}))
+tokenizer.decode(tokenizer.chat([{{"role": "user", "content": "Hi"}}]))
+assert "transformers" in sys.modules
+assert not {{"torch", "mlx"}} & sys.modules.keys()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
