@@ -42,9 +42,18 @@ class Tensor:
         return prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
+#: Group sizes and bits that each mode of ``mx.quantize`` has.
+FORMATS = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """How one module's weight is packed, in the terms of ``mx.quantize``.
+    """How one module's weight is packed, in the terms of ``mx.quantize``; one of :data:`FORMATS`.
 
     ``mode`` is affine (w = scale * q + bias per group), mxfp4, mxfp8 or nvfp4 (shared scale per group, no biases).
     """
@@ -52,6 +61,11 @@ class Quantization:
     group_size: int
     bits: int
     mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        groups, bits = FORMATS.get(self.mode, ((), ()))
+        if self.group_size not in groups or self.bits not in bits:
+            raise CheckpointError(f"{self.mode} with {self.bits} bits in groups of {self.group_size} is not a known format")
 
     def __str__(self) -> str:
         return f"{self.mode} {self.bits}-bit, groups of {self.group_size}" if self.mode == "affine" else self.mode

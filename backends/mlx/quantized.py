@@ -13,15 +13,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from mlx_diffgemma.checkpoint import Quantization
-from mlx_diffgemma.errors import BackendError, CheckpointError
-
-#: Group sizes and bits of each mode.
-FORMATS = {
-    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
+from mlx_diffgemma.errors import CheckpointError
 
 
 class Quantized(nn.Module):
@@ -96,14 +88,10 @@ def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype:
     What a module is shows in its form: a token table has ``as_linear``, experts have a weight of three dimensions, and all else
     is an ``nn.Linear`` without bias. ``dtype`` is the activations'.
 
-    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups, BackendError where a format
-    is not one of :data:`FORMATS`.
+    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups.
     """
     modules, quantized = dict(model.named_modules()), list[tuple[str, nn.Module]]()
     for path, quantization in table.items():
-        groups, bits = FORMATS.get(quantization.mode, ((), ()))
-        if quantization.group_size not in groups or quantization.bits not in bits:
-            raise BackendError(f"{path} is quantized as {quantization}, which is not supported; convert the checkpoint again")
         if path not in modules:
             raise CheckpointError(f"{path} is quantized, but the model has no such module")
         module = modules[path]

@@ -22,13 +22,6 @@ from torch import Tensor, nn
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.errors import BackendError, CheckpointError
 
-#: Group sizes and bits of each mode.
-FORMATS = {
-    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _TILE = 2**23  # weights widened at a time on a CPU: 32 MB of float32
 
@@ -172,13 +165,9 @@ def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype:
     What a module is shows in its form: a token table has ``as_linear``, experts have a weight of three dimensions, and all else
     is an ``nn.Linear`` without bias. ``dtype`` is the activations'.
 
-    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups, BackendError where a format
-    is not one of :data:`FORMATS`.
+    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups.
     """
     for path, quantization in table.items():
-        groups, bits = FORMATS.get(quantization.mode, ((), ()))
-        if quantization.group_size not in groups or quantization.bits not in bits:
-            raise BackendError(f"{path} is quantized as {quantization}, which is not supported; convert the checkpoint again")
         try:
             module = model.get_submodule(path)
         except AttributeError:

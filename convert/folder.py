@@ -1,0 +1,118 @@
+"""What lies beside the weights of a converted checkpoint, and its way to the hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from mlx_diffgemma.checkpoint import Checkpoint, read_json
+from mlx_diffgemma.convert.quantize import mlx_version
+from mlx_diffgemma.convert.recipe import Plan
+from mlx_diffgemma.errors import CheckpointError, InputError
+
+#: Copied from the source as they are; config.json and README.md are written anew.
+CARRIED_OVER = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "processor*",
+    "preprocessor*",
+    "video_preprocessor*",
+)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+#: Where huggingface_hub's cache keeps a revision of a repository.
+_SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from: a hub repository and its commit, or a folder's name and None."""
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Origin":
+        """Read from the checkpoint's folder: one of the hub's cache names its repository and commit."""
+        folder = checkpoint.folder.resolve()
+        if snapshot := _SNAPSHOT.fullmatch("/".join(folder.parts[-3:])):
+            return cls(f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"])
+        return cls(folder.name)
+
+
+def side_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
+    """Name -> content of all files but the weights and their index. Raises BackendError where mlx cannot be imported."""
+    carried = {
+        file.name: file.read_bytes() for pattern in CARRIED_OVER for file in checkpoint.folder.glob(pattern) if file.is_file()
+    }
+    card = model_card(plan, Origin.of(checkpoint)).encode()
+    return {**carried, "config.json": _config(checkpoint, plan), "README.md": card}
+
+
+def _config(checkpoint: Checkpoint, plan: Plan) -> bytes:
+    config = read_json(checkpoint.folder / "config.json")
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(section, dict) and "dtype" in section:
+            section["dtype"] = "bfloat16"
+    full = {(layer.head_dim, layer.num_key_value_heads) for layer in checkpoint.config.layers if not layer.is_sliding}
+    if len(full) == 1:
+        # mlx-vlm reads only the hub's names, not transformers' per_layer_config
+        config["text_config"]["global_head_dim"], config["text_config"]["num_global_key_value_heads"] = full.pop()
+    if quantization := plan.quantization():
+        # mlx-lm and mlx-vlm read the first, transformers and the hub's pages the second
+        config["quantization"] = config["quantization_config"] = quantization
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(plan: Plan, origin: Origin) -> str:
+    """README.md: what was done to what."""
+    source = origin.name if origin.revision is None else f"{origin.name} at revision {origin.revision}"
+    lines = ["---", "license: apache-2.0", "library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx, diffusion_gemma]"]
+    if origin.revision is not None:
+        lines.append(f"base_model: {origin.name}")
+        if plan.quantization():
+            lines.append("base_model_relation: quantized")
+    lines += [
+        "---",
+        "",
+        f"# DiffusionGemma, converted from {origin.name}",
+        "",
+        f"Converted from {source} by mlx-diffgemma {version('mlx-diffgemma')} with mlx {mlx_version()}.",
+        "mlx-diffgemma runs it on MLX and on PyTorch; mlx-vlm loads it too.",
+        "",
+        "| part | format | tensors | bytes | bits per weight |",
+        "|---|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row.part} | {row.format} | {row.tensors} | {row.nbytes:,} | {row.bits_per_weight:.2f} |" for row in plan.rows()
+    ]
+    return "\n".join([*lines, ""])
+
+
+def check_repository(repository: str) -> None:
+    """Raise InputError where ``repository`` is not of the form OWNER/NAME."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise InputError(f"{repository!r} is not a hub repository of the form OWNER/NAME")
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Send a converted folder to the hub, making the repository where it does not exist.
+
+    Raises CheckpointError where the hub refuses or cannot be reached; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of its HTTP client's errors
+
+    check_repository(repository)
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"mlx-diffgemma {version('mlx-diffgemma')}")
+    except (HTTPError, OSError) as refused:
+        reason = str(refused).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{repository}: the upload failed ({reason}); the checkpoint is whole, send it with: hf upload {repository} {folder}"
+        ) from None

@@ -1,0 +1,52 @@
+"""Rows of one tensor -> packed.
+
+``mx.quantize`` packs, so that the words are MLX's own. Its groups lie within rows, therefore a tensor can be packed in portions
+of rows with the same result, and memory is bounded by the portion.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_diffgemma.checkpoint import Quantization
+from mlx_diffgemma.errors import BackendError
+
+#: Source bytes to pack at a time. On a CPU mx.quantize takes up to 33 times as much for a moment (nvfp4), and is fastest with
+#: few megabytes.
+PIECE_BYTES = 4 << 20
+
+
+def mlx_version() -> str:
+    """Version of the mlx that packs; raises BackendError where there is none."""
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as broken:
+        reason = str(broken).partition("\n")[0]
+        raise BackendError(
+            f'mlx packs the weights, and cannot be imported ({reason}); try: pip install "mlx-diffgemma[cpu]"'
+        ) from broken
+    return version("mlx")
+
+
+def pack(rows: NDArray[Any], dtype: str, quantization: Quantization | None) -> list[NDArray[Any]]:
+    """Pack rows [R, N], or with ``quantization`` None round them to BF16.
+
+    Args:
+        rows: raw words, uint16 or uint32. NumPy has no bfloat16.
+        dtype: what they are: BF16, F16 or F32. They are rounded to BF16 first, and the scales take that dtype.
+
+    Returns:
+        uint32 words [R, N * bits / 32], scales [R, N / group_size] (BF16 as uint16, or uint8) and, if affine, biases like the
+        scales; or only BF16 as uint16 [R, N].
+    """
+    if quantization is None and dtype == "BF16":
+        return [rows]
+    import mlx.core as mx
+
+    weights = mx.array(rows).view({"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}[dtype]).astype(mx.bfloat16)
+    if quantization is None:
+        return [np.array(weights.view(mx.uint16))]
+    outputs = mx.quantize(weights, quantization.group_size, quantization.bits, mode=quantization.mode)
+    return [np.array(output.view(mx.uint16) if output.dtype == mx.bfloat16 else output) for output in outputs]

@@ -1,0 +1,128 @@
+"""``mlx-diffgemma convert``: a BF16 checkpoint in, a quantized one out."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_diffgemma.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.convert import Plan
+    from mlx_diffgemma.convert.shards import Report
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@click.command(short_help="Quantize a BF16 checkpoint.")
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--revision", help="Branch, tag or commit of SOURCE on the hub.")
+@click.option(
+    "--recipe", default="4bit", show_default=True, metavar="NAME", help="4bit, 6bit, 8bit, mxfp4, nvfp4 or bf16; see above."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="PART=FORMAT",
+    help="Set one part by hand, such as experts=4:32 or embedding=bf16. May be repeated.",
+)
+@click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes per file at most: KB, MB or GB.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
+@click.option("--restart", is_flag=True, help="Throw away what an interrupted run left, instead of going on from it.")
+@click.option("--upload-repo", metavar="OWNER/NAME", help="Send the finished folder to this repository on the hub.")
+def convert(
+    source: str,
+    target: Path,
+    revision: str | None,
+    recipe: str,
+    settings: tuple[str, ...],
+    shard_size: str,
+    dry_run: bool,
+    restart: bool,
+    upload_repo: str | None,
+) -> None:
+    """Quantize the BF16 checkpoint SOURCE, a folder or a hub id, into the new folder TARGET.
+
+    A recipe gives each part of the model a format. 4bit, 6bit, 8bit, mxfp4 and nvfp4 are the formats of the experts, nine tenths
+    of the weights; embedding, attention, mlp, router and self_conditioning then have 8 bits. bf16 packs nothing. Norms and the
+    vision tower are always BF16.
+
+    A FORMAT is BITS[:GROUP] (2, 3, 4, 5, 6 or 8 bits with a scale and a bias for every 32, 64 or 128 weights, 64 if not said),
+    mxfp4, mxfp8, nvfp4, or bf16.
+
+    TARGET appears when it is complete. Until then the work lies in TARGET.partial, and an interrupted run, started again, goes on
+    from there.
+    """
+    from mlx_diffgemma.checkpoint import Checkpoint
+    from mlx_diffgemma.convert import Plan, check_repository, make_recipe, side_files, upload, write
+
+    formats, shard_bytes = make_recipe(recipe, settings), _parse_size(shard_size)
+    if upload_repo:
+        check_repository(upload_repo)
+    checkpoint = Checkpoint.open(source, revision)
+    plan = Plan.make(checkpoint, formats, shard_bytes)
+    if dry_run:
+        click.echo(_table(plan))
+        return
+    with _progress() as report:
+        write(plan, target, side_files(checkpoint, plan), restart=restart, report=report)
+    click.echo(f"{target}: {plan.nbytes:,} bytes; shards: {len(plan.shards)}", err=True)
+    if upload_repo:
+        upload(target, upload_repo)
+        click.echo(f"sent to https://huggingface.co/{upload_repo}", err=True)
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise InputError(f"--shard-size {text!r} is not a size; write it as 5GB, 500MB or a number of bytes")
+    return size
+
+
+def _table(plan: "Plan") -> str:
+    rows = [("part", "format", "tensors", "bytes", "bits per weight")]
+    rows += [(row.part, row.format, str(row.tensors), f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}") for row in plan.rows()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for part, form, *numbers in rows:
+        right = [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join([part.ljust(widths[0]), form.ljust(widths[1]), *right]))
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress() -> Iterator["Report"]:
+    """What to report to: a bar that vanishes if stderr is a terminal, else a line per shard."""
+    import rich.progress as bars
+    from rich.console import Console
+
+    from mlx_diffgemma.convert import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = 0
+
+        def line(progress: Progress) -> None:
+            nonlocal last
+            if progress.shards_done > last:
+                last = progress.shards_done
+                click.echo(f"shard {last} of {progress.shards}: {progress.bytes_done:,} of {progress.nbytes:,} bytes", err=True)
+
+        yield line
+        return
+    columns = (bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=console, transient=True) as bar:
+
+        def update(progress: Progress) -> None:
+            if bar.tasks:
+                bar.update(bar.task_ids[0], completed=progress.bytes_done)
+            else:  # what an earlier run wrote does not count as speed
+                bar.add_task("", completed=progress.bytes_done, total=progress.nbytes)
+
+        yield update

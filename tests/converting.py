@@ -1,0 +1,78 @@
+"""What the converter's tests share: a small source, the command, and how its refusals are asserted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+from reference import make_checkpoint
+
+from mlx_diffgemma.cli.convert import convert
+from mlx_diffgemma.errors import DiffGemmaError
+
+#: Large enough for groups of 128 everywhere but in the experts' down_proj, whose rows have 64.
+SHAPE = {
+    "canvas_length": 8,
+    "text_config": {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 64,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "max_position_embeddings": 512,
+    },
+}
+
+
+def make_source(folder: Path) -> Path:
+    """A BF16 checkpoint as transformers saves it, with the files of a tokenizer, and one that is none of a model's."""
+    make_checkpoint(folder, SHAPE, bfloat16=True)
+    for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json", "training_log.json"):
+        (folder / name).write_text(f"the content of {name}")
+    return folder
+
+
+def run(source: Path, target: Path, *options: str) -> Result:
+    """Run the command, in this process."""
+    return CliRunner().invoke(convert, [str(source), str(target), *options])
+
+
+def converted(source: Path, target: Path, *options: str) -> Path:
+    """Run the command, which must succeed; returns ``target``."""
+    result = run(source, target, *options)
+    assert result.exit_code == 0, result.output
+    return target
+
+
+def refused(result: Result, kind: type[DiffGemmaError], message: str) -> None:
+    """Assert that the command ended with this error, said in one line."""
+    assert type(result.exception) is kind, f"{result.exception!r}; expected {kind.__name__}"
+    print(result.exception)
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def copy_with(
+    source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda tensors: tensors
+) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = change(safetensors.torch.load_file(source / "model.safetensors"))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return folder

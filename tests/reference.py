@@ -1,0 +1,368 @@
+"""The oracle: small random checkpoints, and Hugging Face `transformers` run on them, on the CPU in float32.
+
+`transformers` decides what is right: its graph gives the logits, and its own ``generate`` the tokens. The one thing that is put
+in is the noise: :class:`_SeededModel` answers each of its random draws from :mod:`mlx_diffgemma.noise`, so that the tokens of
+one seed can be compared one by one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    DiffusionGemmaGenerationConfig,
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+)
+
+from mlx_diffgemma import noise
+from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig
+
+_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "position_embedding_size": 32,
+    "pooling_kernel_size": 1,
+    "patch_size": 4,
+}
+
+
+def _shape(
+    layers: str, *, canvas: int, heads: tuple[int, int, int], full: tuple[int, int], experts: tuple[int, int, int], **text: Any
+) -> dict[str, Any]:
+    """One configuration.
+
+    Args:
+        layers: one letter a layer, S for sliding and F for full attention; `transformers` forces the last to be full.
+        heads: attention heads, key-value heads and head size of the sliding layers.
+        full: key-value heads and head size of the full layers.
+        experts: how many, how many of them a token takes, and their intermediate size.
+    """
+    return {
+        "canvas_length": canvas,
+        "text_config": {
+            "layer_types": [SLIDING if letter == "S" else FULL for letter in layers],
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "head_dim": heads[2],
+            "num_global_key_value_heads": full[0],
+            "global_head_dim": full[1],
+            "num_experts": experts[0],
+            "top_k_experts": experts[1],
+            "moe_intermediate_size": experts[2],
+            "max_position_embeddings": 512,
+            **text,
+        },
+    }
+
+
+def _rope(full_theta: float, full_partial: float, sliding_theta: float) -> dict[str, dict[str, Any]]:
+    return {
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": full_partial, "rope_theta": full_theta},
+        SLIDING: {"rope_type": "default", "rope_theta": sliding_theta},
+    }
+
+
+#: Small text configurations, each odd in its own way.
+SHAPES: dict[str, dict[str, Any]] = {
+    "base": _shape(
+        "SSF", canvas=8, heads=(4, 2, 16), full=(1, 32), experts=(8, 2, 32),
+        vocab_size=128, hidden_size=64, intermediate_size=96, sliding_window=8,
+    ),
+    "one_layer": _shape(
+        "F", canvas=4, heads=(2, 1, 8), full=(1, 16), experts=(4, 1, 16),
+        vocab_size=96, hidden_size=32, intermediate_size=48, sliding_window=4,
+    ),
+    "odd_sizes": _shape(
+        "SFSF", canvas=7, heads=(3, 3, 10), full=(3, 18), experts=(5, 3, 9),
+        vocab_size=331, hidden_size=52, intermediate_size=39, sliding_window=5,
+    ),
+    "window_below_canvas": _shape(
+        "SSSF", canvas=24, heads=(4, 1, 8), full=(2, 16), experts=(16, 4, 8),
+        vocab_size=256, hidden_size=48, intermediate_size=64, sliding_window=4,
+    ),
+    "wide_window": _shape(
+        "SF", canvas=16, heads=(8, 4, 8), full=(4, 24), experts=(6, 4, 24),
+        vocab_size=600, hidden_size=96, intermediate_size=64, sliding_window=32,
+    ),
+    "all_full": _shape(
+        "FF", canvas=6, heads=(6, 2, 4), full=(1, 12), experts=(4, 4, 12),
+        vocab_size=128, hidden_size=40, intermediate_size=40, sliding_window=16,
+    ),
+    "six_layers": _shape(
+        "SSSFSF", canvas=12, heads=(4, 4, 12), full=(2, 8), experts=(12, 2, 16),
+        vocab_size=160, hidden_size=64, intermediate_size=32, sliding_window=12,
+    ),
+    "other_constants": _shape(
+        "FSSF", canvas=9, heads=(2, 2, 32), full=(1, 64), experts=(7, 2, 20),
+        vocab_size=200, hidden_size=72, intermediate_size=56, sliding_window=6,
+        rms_norm_eps=1e-3, final_logit_softcapping=7.0, rope_parameters=_rope(3000.0, 0.5, 50.0),
+    ),
+}  # fmt: skip
+
+#: The vocabulary of the released checkpoint, and hardly a model around it.
+REAL_VOCABULARY = _shape(
+    "F", canvas=4, heads=(2, 1, 8), full=(1, 16), experts=(4, 1, 16),
+    vocab_size=262_144, hidden_size=32, intermediate_size=48, sliding_window=4,
+)  # fmt: skip
+
+
+def make_checkpoint(
+    folder: Path,
+    shape: Mapping[str, Any],
+    seed: int = 0,
+    *,
+    logit_std: float = 3.0,
+    layer_scalars: tuple[float, float] = (0.7, 1.1),
+    bfloat16: bool = False,
+    hub_layout: bool = False,
+) -> Path:
+    """Save a model of random weights, none of which is without effect, as `transformers` does; returns ``folder``.
+
+    Scales are such that a changed token or self-conditioning signal moves logits by several units, and yet float32 rounding
+    by less than 5e-5: with a scale of self-conditioning, queries and keys of 1, `transformers` in float32 is itself 2e-4 away
+    from what it gives in float64.
+
+    Args:
+        shape: one of :data:`SHAPES`.
+        logit_std: about the standard deviation of the logits, before the softcap.
+        layer_scalars: range of the encoder's and the decoder's own scalars. Low ones let the new outweigh the old.
+        bfloat16: store the weights as BF16, as the hub does, and not as F32.
+        hub_layout: name the size of the full-attention heads once in config.json, as the hub does, and not per layer.
+    """
+    config = DiffusionGemmaConfig(
+        text_config=dict(shape["text_config"]), vision_config=dict(_VISION), canvas_length=shape["canvas_length"]
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = DiffusionGemmaForBlockDiffusion(config)
+        decoder = model.model.decoder
+        for name, weight in decoder.named_parameters():
+            if name == "embed_tokens.weight":
+                weight.normal_(std=logit_std * config.text_config.hidden_size**-0.5)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.uniform_(0.2, 0.7)  # attention has no other scale
+            elif "norm" in name or name.endswith("scale"):
+                weight.uniform_(0.4, 1.6)
+            elif name.endswith("router.proj.weight"):
+                weight.normal_(std=1.0)  # the router divides its input by the root of the hidden size
+            else:
+                gain = 0.25 if name == "self_conditioning.down_proj.weight" else 1.0
+                weight.normal_(std=gain * weight.shape[-1] ** -0.5)
+        for layer in (*decoder.layers, *model.model.encoder.language_model.layers):
+            layer.layer_scalar.uniform_(*layer_scalars)
+    model.generation_config = DiffusionGemmaGenerationConfig(
+        **DiffusionGemmaGenerationConfig._get_default_generation_params(), eos_token_id=[1, 5], pad_token_id=0
+    )
+    model.to(torch.bfloat16 if bfloat16 else torch.float32).save_pretrained(folder)
+    if hub_layout:
+        file = folder / "config.json"
+        saved = json.loads(file.read_text())
+        del saved["text_config"]["per_layer_config"]
+        for name in ("global_head_dim", "num_global_key_value_heads"):
+            saved["text_config"][name] = shape["text_config"][name]
+        file.write_text(json.dumps(saved))
+    return folder
+
+
+class GenerateResult(NamedTuple):
+    """What `generate` made.
+
+    Attributes:
+        tokens: int32 [B, blocks * canvas_length], without the prompt.
+        steps: int32 [blocks, B], the denoising steps each row took before it stopped; 0 in the blocks after a row's end.
+    """
+
+    tokens: NDArray[np.int32]
+    steps: NDArray[np.int32]
+
+
+class Reference:
+    """A checkpoint in `transformers`. Tokens go in as int [B, N] arrays; logits come out as float32 [B, N, V]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = _SeededModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+
+    def encode(self, chunks: Iterable[NDArray[Any]]) -> tuple[DynamicCache, torch.Tensor]:
+        """Run the encoder over one chunk after the other; the cache, and the last chunk's final hidden states [B, N, H]."""
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        for chunk in chunks:
+            encoded = self.model.model.encoder(input_ids=_ids(chunk), past_key_values=cache)
+        return cache, encoded.last_hidden_state
+
+    @torch.no_grad()
+    def causal_logits(self, chunks: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        """Causal logits at every position of the last chunk."""
+        _, hidden = self.encode(chunks)
+        cap = self.model.final_logit_softcapping
+        return (cap * torch.tanh(self.model.lm_head(hidden) / cap)).numpy()
+
+    @torch.no_grad()
+    def canvas_logits(
+        self, chunks: Sequence[NDArray[Any]], canvas: NDArray[Any], self_conditioning_logits: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of a canvas after ``chunks``; ``self_conditioning_logits`` [B, L, V] are the step before's, over temperature."""
+        cache, _ = self.encode(chunks)
+        before = None if self_conditioning_logits is None else torch.tensor(self_conditioning_logits)
+        logits: torch.Tensor = self.model(
+            decoder_input_ids=_ids(canvas), past_key_values=cache, self_conditioning_logits=before
+        ).logits
+        return logits.numpy()
+
+    def hidden_states(self, chunks: Sequence[NDArray[Any]], canvas: NDArray[Any] | None = None) -> list[NDArray[np.float32]]:
+        """Hidden states [B, N, H] of the last chunk, or of a canvas after the chunks: after the embedding (and, of a canvas,
+        the self-conditioning), after each layer and after the final norm."""
+        model = self.model.model.encoder.language_model if canvas is None else self.model.model.decoder
+        states: list[NDArray[np.float32]] = []
+        hooks = [model.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].numpy().copy()))]
+        hooks += [
+            module.register_forward_hook(lambda _, __, output: states.append(output.numpy().copy()))
+            for module in (*model.layers, model.norm)
+        ]
+        if canvas is None:
+            self.causal_logits(chunks)
+        else:
+            self.canvas_logits(chunks, canvas)
+        for hook in hooks:
+            hook.remove()
+        return states[-len(hooks) :]
+
+    def generate(
+        self, prompts: NDArray[Any], seeds: Sequence[int], config: GenerationConfig, *, frozen: NDArray[np.int32] | None = None
+    ) -> GenerateResult:
+        """Run ``generate`` of `transformers` with the noise of ``seeds``, one a row of ``prompts`` [B, N].
+
+        Its own rules hold for ``config``: thresholds and bounds above 0, ``t_max`` above ``t_min``, neither greedy nor a shorter
+        canvas. ``frozen`` [P] pins the positions of the new text where it is not -1: their token stands in every canvas, and
+        their logits leave no choice. They count in the mean entropy of the stop, with 0.
+        """
+        self.model.seed(seeds, frozen)
+        output = self.model.generate(
+            _ids(prompts),
+            generation_config=DiffusionGemmaGenerationConfig(
+                max_new_tokens=config.max_new_tokens,
+                max_denoising_steps=config.max_denoising_steps,
+                sampler_config=EntropyBoundSamplerConfig(entropy_bound=config.entropy_bound),
+                t_min=config.t_min,
+                t_max=config.t_max,
+                stability_threshold=config.stability_threshold,
+                confidence_threshold=config.confidence_threshold,
+                eos_token_id=list(config.eos_token_ids),
+                pad_token_id=config.pad_token_id,
+            ),
+        )
+        tokens = output.sequences[:, prompts.shape[1] :].numpy().astype(np.int32)
+        steps = np.array(self.model.steps, np.int32)
+        # transformers counts the steps in its own way; the two must agree
+        written = (tokens != config.pad_token_id).sum(axis=1)
+        np.testing.assert_allclose(output.tokens_per_forward.numpy(), written / steps.sum(axis=0), rtol=1e-6)
+        return GenerateResult(tokens, steps)
+
+
+def _ids(tokens: NDArray[Any]) -> torch.Tensor:
+    return torch.tensor(np.asarray(tokens, np.int64))
+
+
+class _SeededModel(DiffusionGemmaForBlockDiffusion):
+    """The model of `transformers`, each random draw of whose ``generate`` is answered by :mod:`mlx_diffgemma.noise`.
+
+    The methods overridden here are the joints of ``generate``: each does what it did, and keeps count of block and step.
+    """
+
+    def seed(self, seeds: Sequence[int], frozen: NDArray[np.int32] | None) -> None:
+        self.seeds, self.frozen = seeds, frozen
+        self.block, self.step = -1, 0
+        self.steps: list[NDArray[np.int32]] = []
+        self.ended = np.zeros(len(seeds), bool)
+
+    def pinned(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Positions in this block's canvas that are frozen, and their tokens."""
+        length = self.config.canvas_length
+        template = np.empty(0, np.int32) if self.frozen is None else self.frozen[self.block * length :][:length]
+        positions = np.flatnonzero(template >= 0)
+        return positions, template[positions]
+
+    def canvas_tokens(self, length: int) -> torch.Tensor:
+        canvas = noise.canvas_tokens(self.seeds, self.block, self.step, length, self.config.text_config.vocab_size)
+        positions, tokens = self.pinned()
+        canvas[:, positions] = tokens
+        return _ids(canvas)
+
+    def multinomial(self, probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        """In place of ``torch.multinomial``: the most likely token under the Gumbel noise of this step, for each row [B * L]."""
+        logits = self.processed_logits.numpy()
+        keys = noise.sampling_keys(self.seeds, self.block, self.step)
+        positions = np.arange(logits.shape[1], dtype=np.uint32)
+        tokens = np.arange(logits.shape[2], dtype=np.uint32)
+        drawn = (logits + noise.gumbel(keys[:, None, None], positions[:, None], tokens)).argmax(axis=-1)
+        assert (probabilities.shape[0], num_samples) == (drawn.size, 1)
+        return _ids(drawn.reshape(-1, 1))
+
+    def _prepare_sampler(self, generation_config: DiffusionGemmaGenerationConfig) -> EntropyBoundSampler:
+        sampler = super()._prepare_sampler(generation_config)
+        sampler.initialize_canvas = lambda batch_size, device: self.canvas_tokens(sampler.canvas_length)
+        return sampler
+
+    def _prepare_logits_processor(
+        self, generation_config: DiffusionGemmaGenerationConfig, logits_processor: LogitsProcessorList | None = None
+    ) -> LogitsProcessorList:
+        pin = LogitsProcessorList([_Pin(self)])
+        processors = super()._prepare_logits_processor(generation_config, pin)
+        processors.append(_Keep(self))
+        return processors
+
+    def _prepare_denoiser_inputs(self, **inputs: Any) -> tuple[Any, ...]:
+        self.block, self.step = self.block + 1, 0
+        self.steps.append(np.zeros(len(self.seeds), np.int32))
+        return super()._prepare_denoiser_inputs(**inputs)
+
+    def _denoising_step(self, *, finished_denoising: torch.Tensor, **inputs: Any) -> tuple[Any, ...]:
+        self.step += 1
+        self.steps[-1] += ~(finished_denoising.numpy() | self.ended)
+        with mock.patch.object(torch, "multinomial", self.multinomial):
+            return super()._denoising_step(finished_denoising=finished_denoising, **inputs)
+
+    def _finalize_canvas(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, ended = super()._finalize_canvas(**inputs)
+        self.ended = ended.numpy()
+        return tokens, ended
+
+
+class _Pin(LogitsProcessor):
+    """Logits that leave frozen positions no other token."""
+
+    def __init__(self, model: _SeededModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, cur_step: torch.Tensor) -> torch.Tensor:
+        positions, tokens = self.model.pinned()
+        scores = scores.clone()
+        scores[:, positions] = -1e9
+        scores[:, positions, tokens] = 0.0
+        return scores
+
+
+class _Keep(LogitsProcessor):
+    """Notes the logits that the step's draw is made from."""
+
+    def __init__(self, model: _SeededModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, cur_step: torch.Tensor) -> torch.Tensor:
+        self.model.processed_logits = scores
+        return scores

@@ -1,0 +1,201 @@
+"""Conversions that end early: killed, interrupted, out of disk. None leaves a target, and each goes on to the same bytes."""
+
+import errno
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from converting import contents, converted, copy_with, make_source, refused, run
+
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.convert import Plan, make_recipe, shards, side_files, write
+from mlx_diffgemma.errors import CheckpointError, InputError
+
+SHARD_BYTES = 60_000
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("bf16"))
+
+
+_CHILD = """
+import os, signal, sys
+from pathlib import Path
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.convert import Plan, make_recipe, shards, side_files, write
+
+source, target, deadly, shard_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+shards.PIECE_BYTES = 8192
+events = 0
+
+def tick():
+    global events
+    events += 1
+    if events == deadly:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def audit(event, arguments):  # is called before the operation
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(arguments[0]).startswith(str(target)):
+        tick()
+
+checkpoint = Checkpoint.open(source)
+plan = Plan.make(checkpoint, make_recipe(), shard_bytes)
+files = side_files(checkpoint, plan)
+sys.addaudithook(audit)
+write(plan, target, files, report=lambda progress: tick())
+print(events)
+"""
+
+
+def killed_run(source: Path, target: Path, deadly: int) -> subprocess.CompletedProcess[str]:
+    """Convert in a process that kills itself at the ``deadly``-th piece or operation on files; 0 is never."""
+    command = [sys.executable, "-c", _CHILD, str(source), str(target), str(deadly), str(SHARD_BYTES)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    expected = contents(converted(source, tmp_path / "expected", "--shard-size", str(SHARD_BYTES)))
+    whole = killed_run(source, tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    assert contents(tmp_path / "whole") == expected
+    events = int(whole.stdout)
+    # the first and the last ones are the folder's making and its renaming
+    points = [2, *sorted(random.Random(0).sample(range(3, events - 3), 8)), events - 3, events - 1]
+    for point in points:
+        target = tmp_path / f"killed at {point}"
+        killed = killed_run(source, target, point)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        partial = tmp_path / f"{target.name}.partial"
+        kept = {file.name: file.stat().st_ino for file in partial.glob("model/*.safetensors")}
+        print(f"killed at {point} of {events}: {len(kept)} shards finished, target {'there' if target.exists() else 'absent'}")
+        if target.exists():  # the rename was done, only the empty working folder is left
+            assert not kept
+        else:
+            converted(source, target, "--shard-size", str(SHARD_BYTES))
+            assert {name: (target / name).stat().st_ino for name in kept} == kept, "a finished shard was written again"
+            assert not partial.exists()
+        assert contents(target) == expected
+
+
+def stop_after(shards_done: int) -> shards.Report:
+    def report(progress: shards.Progress) -> None:
+        if progress.shards_done == shards_done:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def interrupted(source: Path, target: Path, shards_done: int = 2) -> None:
+    checkpoint = Checkpoint.open(source)
+    plan = Plan.make(checkpoint, make_recipe(), SHARD_BYTES)
+    with pytest.raises(KeyboardInterrupt):
+        write(plan, target, side_files(checkpoint, plan), report=stop_after(shards_done))
+    assert not target.exists()
+    assert len(list(target.with_name("out.partial").glob("model/*.safetensors"))) == shards_done
+
+
+@pytest.mark.parametrize("change", ["recipe", "shards", "source"])
+def test_an_unfinished_run_of_another_plan_is_refused(change: str, source: Path, tmp_path: Path) -> None:
+    copy, target = copy_with(source, tmp_path / "copy"), tmp_path / "out"
+    interrupted(copy, target)
+    options = {
+        "recipe": ["--recipe=8bit", f"--shard-size={SHARD_BYTES}"],
+        "shards": ["--shard-size=70KB"],
+        "source": [f"--shard-size={SHARD_BYTES}"],
+    }[change]
+    if change == "source":
+        os.utime(copy / "model.safetensors", (1, 1))
+    refused(run(copy, target, *options), InputError, "another source or with other settings; run that one to its end, or throw")
+    assert contents(converted(copy, target, *options, "--restart")) == contents(converted(copy, tmp_path / "new", *options))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_only_finished_shards_are_kept(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "out")
+    model = tmp_path / "out.partial" / "model"
+    for name in ("model-00003-of-00009.safetensors.unfinished", "special_tokens_map.json", ".DS_Store"):
+        (model / name).touch()
+    options = f"--shard-size={SHARD_BYTES}"
+    assert contents(converted(source, tmp_path / "out", options)) == contents(converted(source, tmp_path / "whole", options))
+
+
+def test_progress_counts_what_an_earlier_run_wrote(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "out", 3)
+    result = run(source, tmp_path / "out", f"--shard-size={SHARD_BYTES}")
+    plan = Plan.make(Checkpoint.open(source), make_recipe(), SHARD_BYTES)
+    done = [sum(shard.nbytes for shard in plan.shards[:count]) for count in range(len(plan.shards) + 1)]
+    expected = [f"shard {n} of {len(plan.shards)}: {done[n]:,} of {plan.nbytes:,} bytes" for n in range(3, len(done))]
+    assert result.stderr.splitlines()[:-1] == expected
+
+
+def test_two_runs_do_not_share_a_target(source: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(source)
+    plan = Plan.make(checkpoint, make_recipe(), SHARD_BYTES)
+    second: list[Result] = []
+
+    def report(progress: shards.Progress) -> None:
+        if not second:
+            second.append(run(source, tmp_path / "out", f"--shard-size={SHARD_BYTES}"))
+
+    write(plan, tmp_path / "out", side_files(checkpoint, plan), report=report)
+    refused(second[0], InputError, "another conversion to this target is running")
+    assert Checkpoint.open(tmp_path / "out").quantization
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EFBIG, "File too large")])
+def test_a_disk_that_fills_up(code: int, message: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write beyond a budget fails as the operating system would have it."""
+    budget = 200_000
+
+    class Limited(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            nonlocal budget
+            budget -= memoryview(data).nbytes
+            if budget < 0:
+                raise OSError(code, os.strerror(code))
+            return super().write(data)
+
+    def limited_open(path: Path, mode: str) -> Any:
+        return Limited(io.FileIO(path, "w")) if mode == "wb" else open(path, mode)
+
+    monkeypatch.setattr(shards, "open", limited_open, raising=False)
+    options = f"--shard-size={SHARD_BYTES}"
+    refused(run(source, tmp_path / "out", options), CheckpointError, message)
+    finished = list((tmp_path / "out.partial" / "model").glob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+    assert len(finished) == 3, finished
+    budget = 10**9
+    assert contents(converted(source, tmp_path / "out", options)) == contents(converted(source, tmp_path / "whole", options))
+
+
+def test_a_disk_that_is_too_small_is_known_beforehand(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.make(Checkpoint.open(source), make_recipe(), SHARD_BYTES)
+    files = sum(map(len, side_files(Checkpoint.open(source), plan).values()))
+    options = f"--shard-size={SHARD_BYTES}"
+    usage = type("Usage", (), {})()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    usage.free = plan.nbytes + files - 1
+    refused(run(source, tmp_path / "out", options), CheckpointError, "of disk, but")
+    assert not list(tmp_path.rglob("*.safetensors*"))
+    usage.free = plan.nbytes + files
+    interrupted(source, tmp_path / "out", 2)
+    usage.free -= sum(shard.nbytes for shard in plan.shards[:2])  # those are there already
+    converted(source, tmp_path / "out", options)
+
+
+def test_a_source_that_was_cut_off(source: Path, tmp_path: Path) -> None:
+    copy = copy_with(source, tmp_path / "copy")
+    checkpoint = Checkpoint.open(copy)
+    plan = Plan.make(checkpoint, make_recipe())
+    os.truncate(copy / "model.safetensors", (copy / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within model"):
+        write(plan, tmp_path / "out", side_files(checkpoint, plan))
+    assert not (tmp_path / "out").exists()
