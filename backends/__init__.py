@@ -133,6 +133,18 @@ def default_backend() -> str:
     return "torch" if "torch" in installed else "mlx"
 
 
+def chosen_backend(name: str | None = None, dtype: str | None = None) -> str:
+    """``name``, or the default; raises InputError or BackendError where it, or ``dtype``, cannot be had here."""
+    name = name or default_backend()
+    if name not in NAMES:
+        raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not importlib.util.find_spec(name):
+        raise BackendError(f"backend {name!r} was asked for, but the package {name} is not installed")
+    return name
+
+
 def load_backend(
     checkpoint: "Checkpoint", name: str | None = None, *, device: str | None = None, dtype: str | None = None
 ) -> Backend:
@@ -147,13 +159,7 @@ def load_backend(
     Raises:
         BackendError: the framework or the device is not there. CheckpointError: the weights do not fit the configuration.
     """
-    name = name or default_backend()
-    if name not in NAMES:
-        raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if not importlib.util.find_spec(name):
-        raise BackendError(f"backend {name!r} was asked for, but the package {name} is not installed")
+    name = chosen_backend(name, dtype)
     try:
         wing = importlib.import_module(f"mlx_diffgemma.backends.{name}.backend")
     except ImportError as broken:

@@ -1,6 +1,6 @@
 """Random checkpoints in the hub's layout, of any size, for benchmarks. Weights are drawn a tensor at a time.
 
-    python benchmarks/checkpoints.py mid FOLDER
+python benchmarks/checkpoints.py mid FOLDER
 """
 
 import argparse

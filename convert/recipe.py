@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
-from mlx_diffgemma.checkpoint import Checkpoint, Quantization, Tensor
+from mlx_diffgemma.checkpoint import FORMATS, NORMS, PART_OF, PARTS, Checkpoint, Quantization, Tensor, part_of
 from mlx_diffgemma.errors import CheckpointError, InputError
 
 #: A part's format: packed by ``mx.quantize``, or None for BF16.
@@ -22,29 +22,7 @@ Format = Quantization | None
 #: Part -> format, for every part of :data:`PARTS`.
 Recipe = Mapping[str, Format]
 
-#: The quantizable modules by their path in the graph, without ``layers.N.``, and the part each belongs to.
-_PART_OF = {
-    "experts.gate_up_proj": "experts",
-    "experts.down_proj": "experts",
-    "embed_tokens": "embedding",
-    "self_attn.q_proj": "attention",
-    "self_attn.k_proj": "attention",
-    "self_attn.v_proj": "attention",
-    "self_attn.o_proj": "attention",
-    "mlp.gate_proj": "mlp",
-    "mlp.up_proj": "mlp",
-    "mlp.down_proj": "mlp",
-    "router.proj": "router",
-    "self_conditioning.gate_proj": "self_conditioning",
-    "self_conditioning.up_proj": "self_conditioning",
-    "self_conditioning.down_proj": "self_conditioning",
-}
-_LAYER = re.compile(r"layers\.\d+\.")
-PARTS = (*dict.fromkeys(_PART_OF.values()), "vision")
-#: What no recipe touches.
-NORMS = "norms and scales"
-
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+AFFINE_GROUPS, AFFINE_BITS = FORMATS["affine"]
 #: The modes whose group size and bits are fixed.
 MODES = {"mxfp4": Quantization(32, 4, "mxfp4"), "mxfp8": Quantization(32, 8, "mxfp8"), "nvfp4": Quantization(16, 4, "nvfp4")}
 
@@ -184,7 +162,7 @@ class Plan:
             InputError: the groups of a format do not divide a tensor's last axis.
         """
         _check_source(checkpoint)
-        entries = [_entry(_part(name), tensor, recipe) for name, tensor in checkpoint.tensors.items()]
+        entries = [_entry(part_of(name), tensor, recipe) for name, tensor in checkpoint.tensors.items()]
         entries += [_entry("vision", tensor, recipe) for tensor in checkpoint.vision.values()]
         return cls(recipe, tuple(_shards(entries, shard_bytes)))
 
@@ -228,20 +206,14 @@ def _check_source(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder}: quantized already ({tensor.name} is {tensor.dtype}); convert the BF16 checkpoint instead"
             )
-    per_layer = [module for module, part in _PART_OF.items() if part not in ("embedding", "self_conditioning")]
-    expected = [f"{module}.weight" for module in _PART_OF if module not in per_layer]
+    per_layer = [module for module, part in PART_OF.items() if part not in ("embedding", "self_conditioning")]
+    expected = [f"{module}.weight" for module in PART_OF if module not in per_layer]
     for index, layer in enumerate(checkpoint.config.layers):
         # Full-attention layers have no v_proj: their values are the keys.
         modules = [module for module in per_layer if layer.is_sliding or module != "self_attn.v_proj"]
         expected += [f"layers.{index}.{module}.weight" for module in modules]
     if missing := [name for name in expected if name not in checkpoint.tensors]:
         raise CheckpointError(f"{checkpoint.folder}: incomplete; missing: {', '.join(missing)}")
-
-
-def _part(graph_name: str) -> str:
-    if not graph_name.endswith(".weight"):
-        return NORMS
-    return _PART_OF.get(_LAYER.sub("", graph_name.removesuffix(".weight")), NORMS)
 
 
 def _module(stored: str) -> str:

@@ -23,7 +23,12 @@ from mlx_diffgemma.errors import CheckpointError
 #: What a checkpoint needs of a hub repository; weights in other formats stay there.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
+#: Models that come with the package.
+BOXED = ("sudoku",)
+_MODELS = Path(__file__).parent / "models"
+
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_LAYER = re.compile(r"layers\.\d+\.")
 _ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.(layers\.\d+)\.layer_scalar")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -41,6 +46,27 @@ class Tensor:
     def nbytes(self) -> int:
         return prod(self.shape) * _BYTES.get(self.dtype, 1)
 
+
+#: The modules that hold the weights, by their path in the graph without ``layers.N.``, and the part of the model each belongs to.
+PART_OF = {
+    "experts.gate_up_proj": "experts",
+    "experts.down_proj": "experts",
+    "embed_tokens": "embedding",
+    "self_attn.q_proj": "attention",
+    "self_attn.k_proj": "attention",
+    "self_attn.v_proj": "attention",
+    "self_attn.o_proj": "attention",
+    "mlp.gate_proj": "mlp",
+    "mlp.up_proj": "mlp",
+    "mlp.down_proj": "mlp",
+    "router.proj": "router",
+    "self_conditioning.gate_proj": "self_conditioning",
+    "self_conditioning.up_proj": "self_conditioning",
+    "self_conditioning.down_proj": "self_conditioning",
+}
+PARTS = (*dict.fromkeys(PART_OF.values()), "vision")
+#: What is in no part, and is never quantized.
+NORMS = "norms and scales"
 
 #: Group sizes and bits that each mode of ``mx.quantize`` has.
 FORMATS = {
@@ -109,7 +135,7 @@ class Checkpoint:
             generation=GenerationConfig.from_dict(generation),
             tensors=text,
             vision={name: tensor for name, tensor in stored.items() if name.startswith(_VISION)},
-            quantization=_quantization(raw, text),
+            quantization=quantized_modules(raw, text),
         )
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -138,8 +164,18 @@ def graph_name(stored: str) -> str:
     return f"{name}.weight" if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) else name
 
 
+def part_of(name: str) -> str:
+    """The part of the text model that a tensor, by the graph's name, belongs to: one of :data:`PARTS`, or :data:`NORMS`."""
+    return PART_OF.get(_LAYER.sub("", name.rpartition(".")[0]), NORMS)
+
+
 def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``source`` itself, or the hub's snapshot of it, downloaded where it is not in the cache."""
+    """The folder of a checkpoint: ``source`` itself, or the hub's snapshot of it, downloaded where it is not in the cache.
+
+    The name of a model in the package (``sudoku``) comes first; a folder of that name is ``./sudoku``.
+    """
+    if source in BOXED:
+        return _MODELS / source
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -148,7 +184,13 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
@@ -164,6 +206,11 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
         if failed.errno == errno.ENOSPC:
             raise CheckpointError(f"{text}: the disk is full; free some space and run again, the download resumes") from None
         raise CheckpointError(f"{text}: the download failed: {_first_line(failed)}") from None
+    except HFValidationError:
+        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME") from None
+    # A connection that breaks raises whatever the hub library's HTTP client or its Rust downloader stumbles over.
+    except Exception as failed:
+        raise CheckpointError(f"{text}: the download failed: {_first_line(failed)}; run again, the download resumes") from failed
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,8 +260,11 @@ def _read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def _quantization(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Quantization]:
-    """A module is quantized if and only if its ``.scales`` exist; its format is its override, else the global one."""
+def quantized_modules(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Quantization]:
+    """How each quantized module among ``tensors`` is packed, by the tensors' names; ``raw`` is the parsed ``config.json``.
+
+    A module is quantized if and only if its ``.scales`` exist. Its format is its override, else the global one.
+    """
     table = raw.get("quantization") or raw.get("quantization_config") or {}
     if "quant_method" in table:
         raise CheckpointError(

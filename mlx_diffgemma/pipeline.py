@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, load_backend
+from mlx_diffgemma.backends import Backend, check_tokens, chosen_backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import InputError
@@ -138,7 +138,11 @@ class DiffusionGemma:
     def _checked_ids(self, ids: Sequence[Any]) -> NDArray[np.int32]:
         if self.backend.config.image_token_id in ids:
             raise InputError("the prompt holds an image, and images are not supported yet; leave it out")
-        return np.array([ids], np.int32)
+        tokens = np.asarray([ids])
+        if tokens.dtype.kind not in "iu":
+            raise InputError("a prompt of token ids must be integers")
+        check_tokens(tokens, self.backend.config)  # before int32 overflows
+        return tokens.astype(np.int32)
 
     def _finished(
         self, events: Iterator[Draft | Block], prompt_tokens: int, config: GenerationConfig, seed: int
@@ -180,5 +184,6 @@ def load(
     Raises:
         CheckpointError, BackendError, InputError: with one line that says what is wrong and what to do.
     """
+    backend = chosen_backend(backend, dtype)  # said before a download of many gigabytes
     checkpoint = Checkpoint.open(source, revision)
     return DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))

@@ -94,7 +94,7 @@ def block_diffusion(
         seed: one for all rows, or one a row; 0 to 2^64 - 1. Same seed, same tokens, in any batch and on any backend.
         frozen: int32 [P], the template of the new text from its first token on: a token id where it is given, -1 where the
             model may write. Given positions hold their token in every canvas, are always accepted, and count neither in the
-            bound nor in the mean that stops a block.
+            bound nor in the mean that stops a block. An end token that the model writes before one still ends the text.
         canvas: int32 [B, L], the first canvas, instead of random tokens.
         cache: of B rows, already holding what comes before ``prompt``; it is filled in place. By default a new one.
 
@@ -227,12 +227,12 @@ def _pin(canvas: NDArray[np.int32], template: NDArray[np.int32] | None) -> NDArr
 
 
 def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * rows
     if len(seeds) != rows:
         raise InputError(f"{len(seeds)} seeds for {rows} rows; give one for all, or one a row")
     for value in seeds:
-        if not 0 <= value < 2**64:
-            raise InputError(f"a seed must lie between 0 and 2^64 - 1, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+            raise InputError(f"a seed must be an integer between 0 and 2^64 - 1, got {value!r}")
     return seeds
 
 

@@ -5,6 +5,7 @@ every test that asks for it.
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import transformers
 from numpy.typing import ArrayLike
 from reference import SHAPES, Reference, make_checkpoint
 
-from mlx_diffgemma.backends import Backend, load_backend
+from mlx_diffgemma.backends import NAMES, Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 
 BACKENDS = tuple(os.environ.get("MLX_DIFFGEMMA_TEST_BACKENDS", "mlx,torch").split(","))
@@ -43,6 +44,8 @@ def assert_close(actual: ArrayLike, expected: ArrayLike, atol: float, what: str)
 @pytest.fixture(params=BACKENDS, scope="session")
 def backend_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
+    if name not in NAMES or not importlib.util.find_spec(name):
+        pytest.fail(f"backend {name!r} was asked for by MLX_DIFFGEMMA_TEST_BACKENDS, and is not there")
     return name
 
 

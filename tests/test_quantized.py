@@ -16,7 +16,7 @@ from mlx_diffgemma.backends.mlx import quantized as mlx_quantized
 from mlx_diffgemma.backends.torch import model as torch_model
 from mlx_diffgemma.backends.torch import quantized as torch_quantized
 from mlx_diffgemma.checkpoint import Quantization
-from mlx_diffgemma.errors import BackendError, CheckpointError
+from mlx_diffgemma.errors import CheckpointError
 
 IN, OUT, VOCABULARY = 128, 70, 75
 COUNTS = np.array([0, 3, 0, 9, 1, 0])  # rows of each expert

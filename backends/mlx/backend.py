@@ -26,6 +26,8 @@ def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None
     """
     place = _device(device)
     dtype = dtype or ("float32" if place == mx.cpu else "bfloat16")
+    if place == mx.cpu and dtype != "float32":
+        raise BackendError(f"MLX multiplies expert weights on the CPU in float32 only, not in {dtype}; leave out the dtype")
     with mx.stream(place):
         model = TextModel(checkpoint.config)
         quantize_modules(model, checkpoint.quantization, _DTYPES[dtype])

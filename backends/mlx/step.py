@@ -28,8 +28,9 @@ def step(
         argmax, sampled (int32 [B, L]), entropy (float32 [B, L], nats), and the next step's soft embeddings [B, L, H].
     """
     hidden = model.denoise(canvas, cache, soft_embeddings)
-    logits = model.head(hidden) / temperature  # [B, L, V]
-    argmax, sampled, entropy, probabilities = statistics(logits, noise, hidden.dtype)
+    raw = model.embed_tokens.as_linear(hidden).astype(mx.float32)  # [B, L, V]
+    cap = model.config.final_logit_softcapping
+    argmax, sampled, entropy, probabilities = statistics(raw, noise, hidden.dtype, cap=cap, temperature=temperature)
     soft = model.soft_embeddings(probabilities)
     if frozen is not None:
         known, token = frozen >= 0, mx.maximum(frozen, 0)
@@ -39,18 +40,29 @@ def step(
     return argmax, sampled, entropy, soft
 
 
-def statistics(logits: mx.array, noise: mx.array | None, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Argmax, sample, entropy and probabilities of tempered logits float32 [B, L, V].
+def statistics(
+    raw: mx.array, noise: mx.array | None, dtype: mx.Dtype, *, cap: float, temperature: float
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
 
-    The probabilities are the float32 softmax of the logits rounded to ``dtype``, and are of that type.
+    Args:
+        raw: float32 [B, L, V], the head's output before its softcap.
+        noise: uint32 [B, L] as in :func:`step`, or None.
+
+    Returns:
+        argmax, sampled (int32 [B, L]), entropy (float32 [B, L], nats), and the probabilities [B, L, V], which are the float32
+        softmax of the tempered logits rounded to ``dtype``, and are of that type.
     """
-    argmax = logits.argmax(axis=-1).astype(mx.int32)
-    sampled = argmax if noise is None else _sample(logits, noise)
-    probabilities = mx.softmax(logits.astype(dtype).astype(mx.float32), axis=-1).astype(dtype)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    scores = mx.tanh(raw / cap) * (cap / temperature)
+    argmax = scores.argmax(axis=-1).astype(mx.int32)
+    sampled = argmax if noise is None else _sample(scores, noise)
+    shifted = scores - scores.max(axis=-1, keepdims=True)
     weights = mx.exp(shifted)
     total = _sum(weights)
-    return argmax, sampled, mx.log(total) - _sum(shifted * weights) / total, probabilities
+    entropy = mx.log(total) - _sum(shifted * weights) / total
+    if dtype == mx.float32:
+        return argmax, sampled, entropy, weights / total[..., None]
+    return argmax, sampled, entropy, mx.softmax(scores.astype(dtype).astype(mx.float32), axis=-1).astype(dtype)
 
 
 def _sum(x: mx.array) -> mx.array:

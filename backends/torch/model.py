@@ -258,7 +258,7 @@ class TextModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 [.., V] after the softcap, c * tanh(logits / c)."""
         cap = self.config.final_logit_softcapping
-        return self.embed_tokens.as_linear(hidden).float().div_(cap).tanh_().mul_(cap)
+        return torch.tanh(self.embed_tokens.as_linear(hidden).float() / cap) * cap
 
 
 def gelu(x: Tensor) -> Tensor:

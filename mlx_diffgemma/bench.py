@@ -1,0 +1,211 @@
+"""How fast one backend runs one checkpoint: the causal pass over a prompt, a denoising step, and a text as a whole.
+
+All is random tokens from one seed, so that a run can be repeated. A trained model is not at its best on them: a canvas after a
+random prompt settles late or never. The prompt and the step take as long as on real text, whose tokens per second are higher.
+"""
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_diffgemma import noise
+from mlx_diffgemma.backends import Backend
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.pipeline import Statistics
+from mlx_diffgemma.sampler import Block, block_diffusion
+
+_PACKAGES = ("mlx-diffgemma", "mlx", "torch", "triton", "numpy")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what a figure was measured. ``gpu`` is the first one by NVIDIA; ``date`` is in UTC."""
+
+    cpu: str
+    gpu: str | None
+    system: str
+    python: str
+    versions: dict[str, str]
+    date: str
+
+    @classmethod
+    def this(cls) -> Self:
+        versions = {}
+        for package in _PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return cls(
+            cpu=_cpu(),
+            gpu=_first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+            system=f"{platform.system()} {platform.release()} {platform.machine()}",
+            python=platform.python_version(),
+            versions=versions,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def _cpu() -> str:
+    """The processor's name; on Apple silicon it names the GPU too."""
+    if sys.platform == "darwin":
+        return _first_line("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _first_line(*command: str) -> str | None:
+    """What a program says first, None where there is no such program or it fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip().partition("\n")[0] or None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one thing."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What :func:`bench` measured.
+
+    Attributes:
+        prefill: prompt tokens per second of the causal pass.
+        step: seconds of one denoising step of a whole canvas after that prompt, the sampler's decisions left out.
+        text: a text of ``text.new_tokens`` tokens after that prompt.
+        peak_rss: the process's largest resident memory in bytes, the loading included; None where the system does not tell.
+        peak_device_memory: the most that the framework held on its device, in bytes; None where it keeps no count.
+    """
+
+    machine: Machine
+    backend: str
+    device: str
+    dtype: str
+    prompt_length: int
+    canvas_length: int
+    repeats: int
+    seed: int
+    prefill: Spread
+    step: Spread
+    text: Statistics
+    peak_rss: int | None
+    peak_device_memory: int | None
+
+
+def bench(
+    backend: Backend,
+    config: GenerationConfig,
+    *,
+    prompt_length: int = 512,
+    repeats: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+) -> Benchmark:
+    """Measure a loaded model.
+
+    Args:
+        config: how the text is sampled. No token ends it: ``config.max_new_tokens`` are written.
+        prompt_length: random tokens before the canvas.
+        repeats: of the prompt and of the step; the text is written once.
+        warmup: runs of both before those that count.
+        seed: of the random tokens and of the sampler.
+
+    Raises InputError before anything is computed.
+    """
+    model = backend.config
+    for name, value, least in (("prompt_length", prompt_length, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+    if not 0 <= seed < 2**64:
+        raise InputError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
+    length = config.canvas_length or model.canvas_length
+    prompt = noise.canvas_tokens([seed], 0, 0, prompt_length, model.vocab_size)
+    # Checks the lengths, and computes nothing before it is read.
+    text = block_diffusion(backend, prompt, config.replace(eos_token_ids=()), seed=seed)
+
+    prefill = _seconds(lambda: backend.encode(prompt, backend.new_cache()), repeats, warmup)
+    steps = _step_seconds(backend, prompt, config, length, seed, repeats, warmup)
+    blocks = [event for event in text if isinstance(event, Block)]
+    return Benchmark(
+        machine=Machine.this(),
+        backend=backend.name,
+        device=backend.device,
+        dtype=backend.dtype,
+        prompt_length=prompt_length,
+        canvas_length=length,
+        repeats=repeats,
+        seed=seed,
+        prefill=Spread.of([prompt_length / seconds for seconds in prefill]),
+        step=Spread.of(steps),
+        text=Statistics(
+            prompt_tokens=prompt_length,
+            new_tokens=config.max_new_tokens,
+            denoising_steps=tuple(int(block.steps[0]) for block in blocks),
+            encode_seconds=sum(block.encode_seconds for block in blocks),
+            denoise_seconds=sum(block.denoise_seconds for block in blocks),
+        ),
+        peak_rss=_peak_rss(),
+        peak_device_memory=backend.peak_memory(),
+    )
+
+
+def _step_seconds(
+    backend: Backend, prompt: NDArray[np.int32], config: GenerationConfig, length: int, seed: int, repeats: int, warmup: int
+) -> list[float]:
+    """Denoising steps of one canvas, each fed the self-conditioning of the one before."""
+    cache = backend.new_cache()
+    backend.encode(prompt, cache)
+    canvas = noise.canvas_tokens([seed], 1, 0, length, backend.config.vocab_size)
+    keys = None if config.greedy else noise.sampling_keys([seed], 1, 1)
+    signal: Any = None
+
+    def step() -> None:
+        nonlocal signal
+        result = backend.denoise(canvas, cache, temperature=config.t_max, noise_keys=keys, self_conditioning=signal)
+        signal = result.self_conditioning
+
+    return _seconds(step, repeats, warmup)
+
+
+def _seconds(run: Callable[[], object], repeats: int, warmup: int) -> list[float]:
+    seconds = []
+    for _ in range(warmup + repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return seconds[warmup:]
+
+
+def _peak_rss() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere

@@ -1,0 +1,92 @@
+"""``mlx-diffgemma bench``: how fast a checkpoint runs here."""
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from mlx_diffgemma import bench as benchmark
+from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.options import backend_options, sampler_options, source_options
+from mlx_diffgemma.cli.table import table
+
+
+@click.command(short_help="Measure speed and memory.")
+@source_options
+@click.option("--prompt-length", type=int, default=512, show_default=True, metavar="N", help="Random prompt tokens.")
+@click.option(
+    "--repeats", type=int, default=5, show_default=True, metavar="N", help="Measurements of the prompt and of the step."
+)
+@click.option("--warmup", type=int, default=1, show_default=True, metavar="N", help="Runs before those that count.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens and the sampler.")
+@sampler_options
+@backend_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def bench(
+    model: str,
+    revision: str | None,
+    prompt_length: int,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+    **sampler: Any,
+) -> None:
+    """Measure MODEL on a random prompt: the prompt itself, one denoising step after it, and a text of --max-new-tokens.
+
+    Of the prompt and of the step, the median and the range of --repeats runs are shown. The text is written once; the options
+    of the sampler (--max-new-tokens to --greedy) default to MODEL's own, and no token ends it. After a random prompt a trained
+    model takes more steps than after a real one, so the tokens per second of real texts are higher.
+    """
+    checkpoint = Checkpoint.open(model, revision)
+    config = checkpoint.generation.replace(**sampler)
+    loaded = load_backend(checkpoint, backend, device=device, dtype=dtype)
+    result = benchmark.bench(loaded, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup, seed=seed)
+    click.echo(json.dumps(_as_json(model, result)) if as_json else _as_text(model, result))
+
+
+def _as_json(model: str, result: benchmark.Benchmark) -> dict[str, Any]:
+    content = {"model": model, **dataclasses.asdict(result)}
+    for name in ("tokens_per_forward", "tokens_per_second"):
+        content["text"][name] = getattr(result.text, name)
+    return content
+
+
+def _as_text(model: str, result: benchmark.Benchmark) -> str:
+    machine, text = result.machine, result.text
+    steps = text.denoising_steps
+    measured = [
+        ("", "median", "least", "most"),
+        (f"prompt of {result.prompt_length}, tokens/s", *_figures(result.prefill, ".1f")),
+        (f"step of a canvas of {result.canvas_length}, s", *_figures(result.step, ".4f")),
+    ]
+    written = [
+        (f"text of {text.new_tokens} tokens, tokens/s", f"{text.tokens_per_second:.1f}"),
+        ("tokens per denoising step", f"{text.tokens_per_forward:.2f}"),
+        ("denoising steps per block", f"{sum(steps) / len(steps):.1f}"),
+        ("peak memory of the process, bytes", _bytes(result.peak_rss)),
+        ("peak memory of the framework, bytes", _bytes(result.peak_device_memory)),
+    ]
+    origin = [
+        ("backend", f"{result.backend} on {result.device}, {result.dtype}"),
+        ("cpu", machine.cpu),
+        *([("gpu", machine.gpu)] if machine.gpu else []),
+        ("system", f"{machine.system}, Python {machine.python}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
+        ("date", machine.date),
+        ("seed", f"{result.seed}, {result.repeats} repeats"),
+    ]
+    return "\n\n".join([f"{model}\n{table(origin, left=2)}", table(measured), table(written)])
+
+
+def _figures(spread: benchmark.Spread, form: str) -> tuple[str, str, str]:
+    return format(spread.median, form), format(spread.least, form), format(spread.most, form)
+
+
+def _bytes(size: int | None) -> str:
+    return "not known" if size is None else f"{size:,}"

@@ -1,0 +1,127 @@
+"""``mlx-diffgemma verify``: do the backends agree on a checkpoint?"""
+
+import dataclasses
+import json
+
+import click
+
+from mlx_diffgemma import verify as conformance
+from mlx_diffgemma.backends import DTYPES
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.options import source_options
+from mlx_diffgemma.cli.table import table
+
+
+@click.command(short_help="Compare backends on a checkpoint.")
+@source_options
+@click.option(
+    "--backends",
+    default="mlx,torch",
+    show_default=True,
+    metavar="NAMES",
+    help="Backends, each with :DEVICE behind it if not on its default device: torch:cpu,torch:cuda.",
+)
+@click.option(
+    "--against", metavar="NAME", help="Baseline: a backend, or reference for transformers.  [default: the first backend]"
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type to compute in.")
+@click.option(
+    "--prompt-length", type=int, metavar="N", help="Random prompt tokens.  [default: the sliding window and 8 more, at most 64]"
+)
+@click.option("--canvas-length", type=int, metavar="N", help="Tokens per canvas.  [default: the model's, at most 32]")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens and the sampler.")
+@click.option(
+    "--tolerance",
+    type=float,
+    default=conformance.TOLERANCE,
+    show_default=True,
+    metavar="X",
+    help="Largest difference of a float32 logit, absolute, after the softcap.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.pass_context
+def verify(
+    context: click.Context,
+    model: str,
+    revision: str | None,
+    backends: str,
+    against: str | None,
+    dtype: str,
+    prompt_length: int | None,
+    canvas_length: int | None,
+    seed: int,
+    tolerance: float,
+    as_json: bool,
+) -> None:
+    """Compare what backends compute from MODEL: logits, hidden states, entropies and tokens.
+
+    All answer for the same random tokens: in a causal pass over a prompt, in the first and the second denoising step of a canvas
+    after it, and in the next block. Then each writes a short text.
+
+    In float32, logits must be within --tolerance and tokens the same. In bfloat16 only the divergence of the logits is judged.
+    The exit status is 0 if all is well, and 1 if it is not.
+
+    Models are loaded one after the other. --against reference holds all of MODEL in memory, unquantized.
+    """
+    report = conformance.verify(
+        Checkpoint.open(model, revision),
+        [name.strip() for name in backends.split(",")],
+        against=against,
+        dtype=dtype,
+        prompt_length=prompt_length,
+        canvas_length=canvas_length,
+        seed=seed,
+        tolerance=tolerance,
+    )
+    problems = report.problems()
+    if as_json:
+        content = {**dataclasses.asdict(report), "within": not problems, "problems": problems}
+        click.echo(json.dumps(content, default=str))
+    else:
+        click.echo(_text(report, problems))
+    context.exit(1 if problems else 0)
+
+
+def _text(report: conformance.Report, problems: list[str]) -> str:
+    lines = [
+        f"{report.checkpoint}, {report.dtype}, against {report.baseline}: "
+        f"prompt of {report.prompt_length}, canvases of {report.canvas_length}, seed {report.seed}",
+        "",
+        table(
+            [
+                ("backend", "pass", "logits: max", "mean", "KL: mean", "median", "same argmax", "states: max"),
+                *(
+                    (
+                        f"{each.backend} ({each.device})",
+                        one.name,
+                        f"{one.max_abs:.1e}",
+                        f"{one.mean_abs:.1e}",
+                        f"{one.mean_kl:.1e}",
+                        f"{one.median_kl:.1e}",
+                        f"{one.same_argmax:.1%}",
+                        f"{max(one.states):.1e}",
+                    )
+                    for each in report.comparisons
+                    for one in each.passes
+                ),
+            ],
+            left=2,
+        ),
+        "",
+    ]
+    for each in report.comparisons:
+        where = "" if each.first_different is None else f" (the first at position {each.first_different})"
+        lines.append(
+            f"{each.backend}: {each.different_tokens} of {each.tokens} tokens differ{where}; "
+            f"entropies differ by {each.entropy:.1e} nats at most"
+        )
+        if any(problem.startswith(f"{each.backend}:") for problem in problems):
+            lines += ["", f"{each.backend}, hidden states: RMS of the difference over RMS", "", _states(each), ""]
+    verdict = f"out of tolerance: {'; '.join(problems)}" if problems else "within tolerance"
+    return "\n".join([*lines, verdict])
+
+
+def _states(comparison: conformance.Comparison) -> str:
+    names = conformance.state_names(len(comparison.passes[0].states))
+    rows = [(name, *(f"{one.states[index]:.1e}" for one in comparison.passes)) for index, name in enumerate(names)]
+    return table([("after", *(one.name for one in comparison.passes)), *rows])

@@ -1,0 +1,303 @@
+"""Conformance: does every backend compute the same thing from one checkpoint?
+
+Each backend answers the same questions about the same random tokens. One of them is the baseline; it may be `transformers`
+itself (:data:`REFERENCE`). The questions, in this order, lead from the weights to the text, so that the first wrong answer tells
+where to look: a causal pass over a prompt; a canvas after it; the canvas of the next step, which is fed the first one's
+self-conditioning; a canvas in the next block, after one that was committed; and a short text by the one sampler.
+
+Models are loaded one after the other. The logits of the baseline are kept meanwhile, at each position of the prompt and of three
+canvases: 168 MB by default at the released model's vocabulary of 262,144.
+"""
+
+import gc
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_diffgemma import noise
+from mlx_diffgemma.backends import DTYPES, NAMES, Backend, load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.sampler import Block, Draft, block_diffusion
+
+#: The name of the backend that is `transformers` on the CPU.
+REFERENCE = "reference"
+
+#: Largest difference of float32 logits, absolute, after the softcap.
+TOLERANCE = 1e-4
+
+#: Bound of the Kullback-Leibler divergence in bfloat16, in nats, of the median over a pass's positions. The mean would not do:
+#: where two experts are all but equally likely, rounding sends a token to the other one, and a few positions part by far more.
+BFLOAT16_KL = 1e-2
+
+BLOCKS, STEPS = 2, 4  # of the short text
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the model, beside the baseline's.
+
+    Attributes:
+        name: which.
+        max_abs, mean_abs: of the difference of the logits after the softcap, over positions and tokens.
+        mean_kl, median_kl: over positions, of KL(baseline || backend) of the softmax of the logits, in nats.
+        same_argmax: share of the positions whose most likely token is the same, 0 to 1.
+        states: of the hidden states after the embedding (and the self-conditioning), each layer and the final norm: the RMS of
+            the difference over the RMS of the baseline's.
+    """
+
+    name: str
+    max_abs: float
+    mean_abs: float
+    mean_kl: float
+    median_kl: float
+    same_argmax: float
+    states: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A backend beside the baseline.
+
+    Attributes:
+        entropy: largest difference of a position's entropy in the text's first denoising step, in nats.
+        tokens: how many were written.
+        different_tokens: how many of them are not the baseline's.
+        first_different: the position of the first such token, None where there is none.
+    """
+
+    backend: str
+    device: str
+    passes: tuple[Pass, ...]
+    entropy: float
+    tokens: int
+    different_tokens: int
+    first_different: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found. ``baseline`` and each :attr:`Comparison.backend` are named as they were asked for."""
+
+    checkpoint: Path
+    baseline: str
+    dtype: str
+    prompt_length: int
+    canvas_length: int
+    seed: int
+    tolerance: float
+    comparisons: tuple[Comparison, ...]
+
+    def problems(self) -> list[str]:
+        """What is out of tolerance, a line a backend; empty where all is well.
+
+        In float32 the logits of every pass must be within ``tolerance`` of the baseline's, and the tokens the same. In bfloat16
+        the median divergence must be below :data:`BFLOAT16_KL`; tokens then differ now and then, and are not judged.
+        """
+        return [f"{each.backend}: {problem}" for each in self.comparisons if (problem := self._problem(each))]
+
+    def _problem(self, comparison: Comparison) -> str | None:
+        for one in comparison.passes:  # written so that NaN is a problem
+            if self.dtype == "float32" and not one.max_abs <= self.tolerance:
+                wrong = f"logits of the {one.name} differ by {one.max_abs:.1e}, more than {self.tolerance:.0e}"
+                state = next((index for index, value in enumerate(one.states) if not value <= self.tolerance), None)
+                if state is None:
+                    return f"{wrong}; the hidden states agree, so look at the output head"
+                return f"{wrong}; the first hidden state to differ: {state_names(len(one.states))[state]}"
+            if self.dtype != "float32" and not one.median_kl < BFLOAT16_KL:
+                return f"median KL of the {one.name} is {one.median_kl:.1e} nats, not below {BFLOAT16_KL:.0e}"
+        if self.dtype == "float32" and comparison.different_tokens:
+            count, first = comparison.different_tokens, comparison.first_different
+            return f"{count} of {comparison.tokens} tokens differ, the first at position {first}, though the logits agree"
+        return None
+
+
+def state_names(count: int) -> list[str]:
+    """Names of the ``count`` hidden states of :attr:`Pass.states`."""
+    return ["embedding", *(f"layer {layer}" for layer in range(count - 2)), "final norm"]
+
+
+def verify(
+    checkpoint: Checkpoint,
+    backends: Sequence[str],
+    *,
+    against: str | None = None,
+    dtype: str = "float32",
+    prompt_length: int | None = None,
+    canvas_length: int | None = None,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> Report:
+    """Compare backends on a checkpoint.
+
+    Args:
+        backends: ``mlx``, ``torch`` or :data:`REFERENCE`; ``:DEVICE`` behind it (``torch:cpu``) if not on its default device.
+        against: the baseline; by default the first of ``backends``.
+        dtype: float32, in which backends must agree, or bfloat16, in which they can only be near.
+        prompt_length: tokens; by default 8 more than the sliding window, and at most 64.
+        canvas_length: tokens; by default the model's, and at most 32.
+        seed: of the random tokens and of the sampler.
+        tolerance: see :meth:`Report.problems`.
+
+    Raises:
+        InputError: before a model is loaded. CheckpointError, BackendError: as :func:`mlx_diffgemma.backends.load_backend`.
+    """
+    baseline, *others = dict.fromkeys(backends if against is None else [against, *backends])  # each once
+    for name in (baseline, *others):
+        if name.partition(":")[0] not in (*NAMES, REFERENCE):
+            raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)} and {REFERENCE}")
+    if not others:
+        raise InputError(f"nothing to compare {baseline} with; name another backend, or {REFERENCE}")
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    inputs = _Inputs.make(checkpoint, prompt_length, canvas_length, seed)
+    if not tolerance >= 0:
+        raise InputError(f"tolerance must be at least 0, got {tolerance}")
+
+    backend = _load(checkpoint, baseline, dtype)
+    passes, text = list(_passes(backend, inputs)), _write(backend, inputs)
+    comparisons = []
+    for name in others:
+        del backend  # before the next one is loaded
+        gc.collect()
+        backend = _load(checkpoint, name, dtype)
+        comparisons.append(_compare(name, backend, inputs, passes, text))
+    length = inputs.canvases[0].shape[1]
+    return Report(checkpoint.folder, baseline, dtype, inputs.prompt.shape[1], length, seed, tolerance, tuple(comparisons))
+
+
+class _Inputs(NamedTuple):
+    prompt: NDArray[np.int32]
+    canvases: list[NDArray[np.int32]]
+    config: GenerationConfig
+    seed: int
+
+    @classmethod
+    def make(cls, checkpoint: Checkpoint, prompt_length: int | None, canvas_length: int | None, seed: int) -> "_Inputs":
+        model = checkpoint.config
+        prompt_length = min(model.sliding_window + 8, 64) if prompt_length is None else prompt_length
+        length = min(model.canvas_length, 32) if canvas_length is None else canvas_length
+        if not 1 <= length <= model.canvas_length:
+            raise InputError(f"canvas_length must be 1 to {model.canvas_length}, the model's own, got {length}")
+        # No token ends the text and no canvas is ever sure enough: the same amount is written everywhere.
+        config = checkpoint.generation.replace(
+            max_new_tokens=BLOCKS * length,
+            max_denoising_steps=STEPS,
+            canvas_length=length,
+            eos_token_ids=(),
+            confidence_threshold=0.0,
+        )
+        if prompt_length < 1 or prompt_length + BLOCKS * length > model.max_position_embeddings:
+            raise InputError(
+                f"prompt_length must be at least 1 and, with {BLOCKS} canvases of {length}, within the model's context of "
+                f"{model.max_position_embeddings} tokens, got {prompt_length}"
+            )
+        if not 0 <= seed < 2**64:
+            raise InputError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
+        prompt, *canvases = (
+            noise.canvas_tokens([seed], block, 0, size, model.vocab_size)
+            for block, size in enumerate((prompt_length, length, length, length))
+        )
+        return cls(prompt, canvases, config, seed)
+
+
+def _load(checkpoint: Checkpoint, spec: str, dtype: str) -> Backend:
+    name, _, device = spec.partition(":")
+    if name != REFERENCE:
+        return load_backend(checkpoint, name, device=device or None, dtype=dtype)
+    if device not in ("", "cpu"):
+        raise InputError(f"the {REFERENCE} runs on the cpu only, not on {device!r}")
+    try:
+        reference = importlib.import_module("mlx_diffgemma.backends.torch.reference")
+    except ImportError:
+        raise BackendError("the reference needs torch; try: pip install torch") from None
+    backend: Backend = reference.load(checkpoint, dtype=dtype)
+    return backend
+
+
+class _Answer(NamedTuple):
+    name: str
+    logits: NDArray[np.float32]  # [1, L, V]
+    states: list[NDArray[np.float32]]  # each [1, L, H]
+
+
+def _passes(backend: Backend, inputs: _Inputs) -> Iterator[_Answer]:
+    """The passes in order, each when it is asked for."""
+    cache = backend.new_cache()
+    first, second, third = inputs.canvases
+
+    def run(name: str, tokens: NDArray[np.int32], *, causal: bool = False, self_conditioning: object = None) -> _Answer:
+        states: list[NDArray[np.float32]] = []
+        logits = backend.logits(tokens, cache, causal=causal, self_conditioning=self_conditioning, trace=states)
+        return _Answer(name, logits, states)
+
+    yield run("causal pass", inputs.prompt, causal=True)
+    yield run("first step", first)
+    signal = backend.denoise(first, cache, temperature=inputs.config.t_max).self_conditioning
+    yield run("second step", second, self_conditioning=signal)
+    backend.encode(second, cache)
+    yield run("second block", third)
+
+
+def _write(backend: Backend, inputs: _Inputs) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The tokens of a short text [N], and the entropy [L] of its first denoising step."""
+    events = list(block_diffusion(backend, inputs.prompt, inputs.config, seed=inputs.seed))
+    first = next(event for event in events if isinstance(event, Draft))
+    return np.concatenate([event.tokens[0] for event in events if isinstance(event, Block)]), first.entropy[0]
+
+
+def _compare(
+    name: str,
+    backend: Backend,
+    inputs: _Inputs,
+    baseline: list[_Answer],
+    text: tuple[NDArray[np.int32], NDArray[np.float32]],
+) -> Comparison:
+    passes = tuple(_difference(right, answer) for right, answer in zip(baseline, _passes(backend, inputs), strict=True))
+    tokens, entropy = _write(backend, inputs)
+    different = np.flatnonzero(tokens != text[0])
+    return Comparison(
+        backend=name,
+        device=backend.device,
+        passes=passes,
+        entropy=float(np.abs(entropy - text[1]).max()),
+        tokens=len(tokens),
+        different_tokens=len(different),
+        first_different=int(different[0]) if len(different) else None,
+    )
+
+
+def _difference(right: _Answer, answer: _Answer) -> Pass:
+    difference = np.abs(answer.logits - right.logits)
+    divergence = [_kl(*rows) for rows in zip(right.logits[0], answer.logits[0], strict=True)]
+    return Pass(
+        name=right.name,
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean(dtype=np.float64)),
+        mean_kl=float(np.mean(divergence)),
+        median_kl=float(np.median(divergence)),
+        same_argmax=float((answer.logits.argmax(axis=-1) == right.logits.argmax(axis=-1)).mean()),
+        states=tuple(_rms(ours - theirs) / _rms(theirs) for theirs, ours in zip(right.states, answer.states, strict=True)),
+    )
+
+
+def _kl(right: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """KL(right || other) of the softmax of two rows of logits [V], in nats; in float64."""
+    log_p, log_q = (_log_softmax(row.astype(np.float64)) for row in (right, other))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max()
+    normed: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return normed
+
+
+def _rms(x: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))

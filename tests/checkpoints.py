@@ -1,0 +1,72 @@
+"""Checkpoints for the tests of everything around the model: tiny ones that can be talked to, and the hub's as headers only."""
+
+import json
+import shutil
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from real_layout import DATA, stored_tensors
+from reference import make_checkpoint
+from tiny_tokenizer import write_tokenizer
+
+ITEMSIZE = {"BF16": 2, "U32": 4}
+
+#: The hub's checkpoints: the folder of their JSON in ``data``, and the table of their tensors.
+HUB = {"hub_bf16": "weights.tsv", "hub_4bit": "weights_mlx_4bit.tsv"}
+
+VOCAB_SIZE, CANVAS, CONTEXT = 512, 8, 512
+
+#: Two layers, with the vocabulary of the tokenizer.
+CHAT_SHAPE = {
+    "canvas_length": CANVAS,
+    "text_config": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 32,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "max_position_embeddings": CONTEXT,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "sliding_window": 8,
+    },
+}
+
+
+def make_chat_checkpoint(folder: Path) -> Path:
+    """A model of random weights with a tokenizer: it writes at once and without sense, in all the bytes there are."""
+    make_checkpoint(folder, CHAT_SHAPE, logit_std=6.0)
+    write_tokenizer(folder, VOCAB_SIZE)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    edit_json(folder / "config.json", image_token_id=vocabulary["<|image|>"])
+    edit_json(folder / "generation_config.json", max_new_tokens=20, max_denoising_steps=4)
+    return folder
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of the JSON object in a file; those set to None are taken out."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def make_hub_layout(folder: Path, layout: str) -> Path:
+    """A checkpoint of :data:`HUB`: its JSON, and one safetensors file of the right header whose data is a hole in the file."""
+    shutil.copytree(DATA / layout, folder)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (shape, dtype) in stored_tensors(HUB[layout]).items():
+        start, end = end, end + prod(shape) * ITEMSIZE[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return folder

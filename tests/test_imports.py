@@ -1,0 +1,48 @@
+"""Frameworks are imported when they are needed, and only the one that is chosen: each case in a process of its own."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_diffgemma.cli import COMMANDS
+
+HEAVY = ("mlx", "torch", "transformers", "tokenizers", "huggingface_hub")
+
+LOAD_AND_RUN = """
+import numpy as np
+from mlx_diffgemma import GenerationConfig, load
+from mlx_diffgemma.sampler import block_diffusion
+model = load({folder!r}, backend={name!r})
+# The sampler, and not the pipeline: transformers, which the tokenizer needs, imports torch wherever that is installed.
+events = list(block_diffusion(model.backend, np.array([[3, 4]], np.int32), GenerationConfig(max_new_tokens=3), seed=0))
+assert events[-1].tokens.shape == (1, 4)
+"""
+
+
+def imported(code: str) -> set[str]:
+    """Which of the heavy packages are imported after ``code``."""
+    report = f"\nimport sys\nprint('imported', *({set(HEAVY)!r} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("module", ["", *(f".{name}" for name in ("cli", "config", "checkpoint", "noise", "errors", "summary"))])
+def test_importing_imports_nothing_heavy(module: str) -> None:
+    assert imported(f"import mlx_diffgemma{module}") == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["generate", "nowhere", "Hi"]])
+def test_help_and_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    code = f"from mlx_diffgemma.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
+    assert imported(code) == set()
+
+
+@pytest.mark.parametrize(("name", "other"), [("mlx", "torch"), ("torch", "mlx")])
+def test_one_backend_does_not_import_the_other(checkpoint: Callable[..., Path], name: str, other: str) -> None:
+    found = imported(LOAD_AND_RUN.format(folder=str(checkpoint("one_layer")), name=name))
+    assert name in found
+    assert not found & {other, "transformers"}

@@ -1,0 +1,146 @@
+"""The summary of a checkpoint, against what is known of the released ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import HUB, make_hub_layout
+from real_layout import stored_tensors, total_bytes
+
+from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, graph_name, part_of
+from mlx_diffgemma.convert import Plan, make_recipe
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.summary import summarize
+
+#: Billions of parameters of the released model, and all that are stored, counted from its headers.
+BILLIONS = {
+    "experts": 22.838,
+    "attention": 1.110,
+    "embedding": 0.738,
+    "mlp": 0.535,
+    "vision": 0.573,
+    "self_conditioning": 0.018,
+    "router": 0.011,
+    "norms and scales": 0.001,
+}
+STORED = 25_823_781_228
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folders = {layout: make_hub_layout(tmp_path_factory.mktemp("hub") / layout, layout) for layout in HUB}
+    return folders.__getitem__
+
+
+@pytest.mark.parametrize("layout", HUB)
+def test_parameters_and_bytes_of_the_hub(hub: Callable[[str], Path], layout: str) -> None:
+    checkpoint = Checkpoint.open(hub(layout))
+    assert len(checkpoint.tensors) + len(checkpoint.vision) == len(stored_tensors(HUB[layout]))
+    summary = summarize(checkpoint)
+    assert {part.name: round(part.parameters / 1e9, 3) for part in summary.parts} == BILLIONS
+    assert summary.parameters == STORED
+    assert summary.nbytes == total_bytes(HUB[layout]) == {"hub_bf16": 51_647_562_456, "hub_4bit": 16_542_844_632}[layout]
+    # "A4B": the experts that a token does not take are 15 of 16.
+    assert summary.active_parameters == STORED - summary.parts[PARTS.index("vision")].parameters - 22_837_985_280 * 15 // 16
+    assert round(summary.active_parameters / 1e9, 1) == 3.8
+
+
+def test_formats_of_the_4bit_checkpoint(hub: Callable[[str], Path]) -> None:
+    parts = {part.name: part for part in summarize(Checkpoint.open(hub("hub_4bit"))).parts}
+    four, eight = "affine 4-bit, groups of 64", "affine 8-bit, groups of 64"
+    assert {name: part.format for name, part in parts.items()} == {
+        "experts": four,
+        "embedding": eight,
+        "attention": eight,
+        "mlp": eight,
+        "router": eight,
+        "self_conditioning": four,
+        "vision": f"BF16; {four}",
+        "norms and scales": "BF16",
+    }
+    # Scale and bias, in BF16, for every 64 weights.
+    assert parts["experts"].bits_per_weight == 4 + 32 / 64
+    assert parts["attention"].bits_per_weight == 8 + 32 / 64
+    assert parts["norms and scales"].bits_per_weight == 16
+
+
+def test_memory(hub: Callable[[str], Path]) -> None:
+    def memory(layout: str, dtype: str, context: int) -> Any:
+        return summarize(Checkpoint.open(hub(layout)), context).memory[dtype]
+
+    plain = memory("hub_bf16", "bfloat16", 10_000)
+    vision = 2 * summarize(Checkpoint.open(hub("hub_bf16"))).parts[PARTS.index("vision")].parameters
+    assert plain.weights == total_bytes(HUB["hub_bf16"]) - vision
+    assert memory("hub_bf16", "float32", 10_000).weights == 2 * plain.weights
+    # Keys and values in BF16: 5 full layers of 2 heads of 512, 25 sliding ones of 8 heads of 256 in windows of 1,024.
+    assert plain.cache_per_token == 2 * 2 * 5 * 2 * 512
+    assert plain.cache_windows == 2 * 2 * 25 * 8 * 256 * 1023
+    assert plain.cache == 10_000 * plain.cache_per_token + plain.cache_windows
+    assert memory("hub_bf16", "bfloat16", 1023).cache == 1023 * (plain.cache_per_token + 2 * 2 * 25 * 8 * 256)
+    assert memory("hub_bf16", "bfloat16", 1).cache == plain.cache_per_token + 2 * 2 * 25 * 8 * 256
+    assert plain.logits == 256 * 262_144 * 4
+    assert plain.total == plain.weights + plain.cache + plain.logits
+
+    packed, wide = (memory("hub_4bit", dtype, 10_000) for dtype in ("bfloat16", "float32"))
+    assert 0 < wide.weights - packed.weights == 2 * 703_292, "what is packed stays as it is; norms and scales are widened"
+
+
+def test_context_outside_the_model(hub: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint.open(hub("hub_bf16"))
+    assert summarize(checkpoint, 262_144).context == 262_144
+    for context in (0, -1, 262_145):
+        with pytest.raises(InputError, match=f"context must lie between 1 and the model's 262144 tokens, got {context}"):
+            summarize(checkpoint, context)
+
+
+def test_parts_are_those_of_a_conversion(hub: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint.open(hub("hub_bf16"))
+    *rows, _ = Plan.make(checkpoint, make_recipe("bf16")).rows()
+    ours = {(part.name, part.parameters) for part in summarize(checkpoint).parts}
+    assert ours == {(row.part, row.weights) for row in rows}
+
+
+def test_every_tensor_has_a_part() -> None:
+    expected = {
+        "layers.3.experts.down_proj.scales": "experts",
+        "embed_tokens.weight": "embedding",
+        "layers.29.self_attn.q_proj.biases": "attention",
+        "layers.29.self_attn.q_norm.weight": "norms and scales",
+        "layers.0.mlp.up_proj.weight": "mlp",
+        "layers.0.router.proj.scales": "router",
+        "layers.0.router.scale": "norms and scales",
+        "layers.0.router.per_expert_scale": "norms and scales",
+        "layers.0.encoder_layer_scalar": "norms and scales",
+        "self_conditioning.pre_norm.weight": "norms and scales",
+        "self_conditioning.up_proj.weight": "self_conditioning",
+        "norm.weight": "norms and scales",
+    }
+    assert {name: part_of(name) for name in expected} == expected
+    names = {graph_name(name) for table in HUB.values() for name in stored_tensors(table) if "vision" not in name}
+    assert {part_of(name) for name in names} == {*PARTS, NORMS} - {"vision"}
+
+
+def test_memory_is_what_a_backend_holds(checkpoint: Callable[..., Path], backend_name: str) -> None:
+    opened = Checkpoint.open(checkpoint("base"))
+    summary = summarize(opened, 20)
+    for dtype in ("bfloat16", "float32"):
+        if (backend_name, dtype) == ("mlx", "bfloat16") and load_backend(opened, "mlx").device == "cpu":
+            continue  # refused there
+        backend: Any = load_backend(opened, backend_name, dtype=dtype)
+        held = _weight_bytes(backend.model)
+        assert held == summary.memory[dtype].weights, f"{backend_name} holds {held} bytes of weights in {dtype}"
+    cache = backend.new_cache()  # in float32
+    backend.encode(np.arange(20, dtype=np.int32)[None], cache)
+    kept = sum(array.nbytes for layer in cache.layers for array in (layer.keys, layer.values))
+    assert kept == summary.memory["float32"].cache, f"{backend_name} keeps {kept} bytes for 20 positions"
+
+
+def _weight_bytes(model: Any) -> int:
+    if hasattr(model, "state_dict"):
+        return sum(tensor.nbytes for tensor in model.state_dict().values())
+    from mlx.utils import tree_flatten
+
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
