@@ -4,11 +4,13 @@ The source has the released checkpoint's names, shapes and dtypes, but its shard
 take no disk and read as zeros. The output takes real disk: 16.6 GB with the default recipe, 0.5 GB a layer and 2 GB besides.
 Reading a hole costs less than reading a disk; packing zeros costs as much as packing anything else.
 
-    python benchmarks/convert_real.py /tmp/real --layers 2
+    python benchmarks/convert_real.py FOLDER [--layers 30] [--recipe 4bit] [--json FILE]
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -21,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from real_layout import LAYERS, config, stored_tensors  # noqa: E402
+
+from mlx_diffgemma.bench import Machine  # noqa: E402
 
 SHARD_BYTES = 5_000_000_000
 
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="must not exist; gets source/ and target/")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of %(default)s")
     parser.add_argument("--recipe", default="4bit")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     source, target = options.folder / "source", options.folder / "target"
     nbytes = write_source(source, options.layers)
@@ -77,11 +82,19 @@ def main() -> None:
     seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
-    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    print(
-        f"{options.recipe}, {options.layers} layers: {nbytes / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, "
-        f"{seconds:.0f} s ({nbytes / seconds / 1e6:.0f} MB/s), peak resident memory {peak / 1e9:.2f} GB"
-    )
+    result = {
+        "command": f"python benchmarks/convert_real.py FOLDER --layers {options.layers} --recipe {options.recipe}",
+        "machine": dataclasses.asdict(Machine.this()),
+        "load_average": os.getloadavg(),
+        "source_bytes": nbytes,
+        "written_bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),
+        "seconds": round(seconds, 1),
+        "source_MB_per_second": round(nbytes / seconds / 1e6, 1),
+        "peak_rss_bytes": peak,
+    }
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

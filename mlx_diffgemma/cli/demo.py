@@ -1,0 +1,186 @@
+"""``mlx-diffgemma demo``: the boxed Sudoku model solves a fresh puzzle, and one can watch."""
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from math import log
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.text import Text
+
+from mlx_diffgemma import sudoku
+from mlx_diffgemma.backends import NAMES, Backend, load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.live import SETTLED, STATUS_STYLE, TAKEN_BACK, Region, Settling, cut, live_console
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.sampler import Draft, block_diffusion
+from mlx_diffgemma.sudoku import Grid, Puzzle
+
+MODEL = "sudoku"
+
+#: Clues of a puzzle, by the size of the grid, unless another number is asked for.
+CLUES = {4: 6, 6: 12, 9: 30}
+
+#: Seconds that each step stays on the screen.
+PAUSE = 0.15
+
+#: A cell is shown as a dot while its entropy is above this part of the most that it can be, and as likely below the second.
+DOT, LIKELY = 0.5, 0.1
+
+# None of these is told by its colour alone.
+_STYLES = {"given": "bold", "settled": "green", "likely": "", "in doubt": "dim", "taken back": "yellow underline"}
+
+# What the boxed model's chat template puts around the cells: <bos><|turn> and <turn|><|turn>.
+_BEFORE, _AFTER = (2, 4), (5, 4)
+
+#: A character, and its style.
+Cell = tuple[str, str]
+
+
+@click.command(short_help="Watch the tiny model in the box solve a Sudoku.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same puzzle.  [default: a fresh one]")
+@click.option("--clues", type=int, metavar="N", help="Cells that are given; the fewer, the harder.")
+@click.option("--backend", type=click.Choice(NAMES), help="Framework.  [default: as for generate]")
+@click.option("--no-live", is_flag=True, help="Print lines instead of redrawing the grid.")
+@click.pass_context
+def demo(context: click.Context, seed: int | None, clues: int | None, backend: str | None, no_live: bool) -> None:
+    """Make a Sudoku that the model has not seen in any symmetric form, and let the model that comes with this package solve it.
+
+    All cells are written at once and denoised step by step; what was accepted may be taken back. Whether the answer is right is
+    checked by the rules. The exit status is 0 if it is, and 1 if it is not.
+    """
+    checkpoint = Checkpoint.open(MODEL)
+    size = board_size(checkpoint.config.canvas_length)
+    seed = secrets.randbits(32) if seed is None else seed
+    puzzle = sudoku.fresh_puzzle(size, CLUES[size] if clues is None else clues, seed)
+    click.echo(f"A {size}x{size} Sudoku with {puzzle.clues.clue_count} clues, new to the model; seed {seed}.")
+    console = None if no_live else live_console()
+    solved = solve(load_backend(checkpoint, backend), checkpoint.generation, puzzle, seed, console)
+    click.echo(
+        f"The same again:  mlx-diffgemma demo --seed {seed} --clues {puzzle.clues.clue_count}\n"
+        f"As plain text:   mlx-diffgemma generate {MODEL} {puzzle.clues.text()}\n"
+        'The real model:  mlx-diffgemma generate google/diffusiongemma-26B-A4B-it "Why is the sky blue?"',
+        err=True,
+    )
+    context.exit(0 if solved else 1)
+
+
+def board_size(canvas_length: int) -> int:
+    """Size of the largest grid that fits into a canvas."""
+    return max(size for size in sudoku.BOXES if size * size <= canvas_length)
+
+
+def prompt_tokens(clues: Grid) -> NDArray[np.int32]:
+    """Token ids [1, cells + 4] of a chat of one turn, the puzzle; without the tokenizer, which takes a second to import."""
+    return np.array([[*_BEFORE, *sudoku.to_tokens(np.array(clues.cells, np.int8)), *_AFTER]], np.int32)
+
+
+def solve(backend: Backend, generation: GenerationConfig, puzzle: Puzzle, seed: int, console: Console | None) -> bool:
+    """Let the model solve a puzzle, in one canvas, and show how: drawn on ``console``, or else in lines. True if it is solved."""
+    clues, settling, steps = puzzle.clues, Settling(), 0
+    config = generation.replace(max_new_tokens=backend.config.canvas_length)
+    if not console:
+        click.echo(clues.render())
+    with Region(console) if console else nullcontext() as region:
+        for event in block_diffusion(backend, prompt_tokens(clues), config, seed=seed):
+            if not isinstance(event, Draft):
+                answer, steps = _read(event.tokens, clues.size), int(event.steps[0])
+                continue
+            states = settling.update(event)[: len(clues.cells)]
+            status = _status(event, states)
+            if region:
+                region.draw(_picture(_cells(clues, event, states), clues.size, status, region.console.size))
+                time.sleep(PAUSE)
+            else:
+                click.echo(status)
+    taken_back = settling.taken_back[: len(clues.cells)]
+    if console:
+        console.print(_ruled(_finished(clues, answer, taken_back), clues.size), no_wrap=True, overflow="crop")
+    else:
+        click.echo(answer.render())
+    violations = sudoku.check(clues, answer)
+    click.echo(_verdict(violations, steps, len(clues.cells)))
+    click.echo(_mended(taken_back, answer, puzzle.solution))
+    return not violations
+
+
+def _read(tokens: NDArray[np.int32], size: int) -> Grid:
+    return Grid.from_array(sudoku.from_tokens(tokens[0, : size * size], size))
+
+
+def _status(draft: Draft, states: NDArray[np.int64]) -> str:
+    settled, taken_back = int((states == SETTLED).sum()), int((states == TAKEN_BACK).sum())
+    entropy = draft.entropy[0, : len(states)].mean()
+    return (
+        f"step {draft.step:2}  entropy {entropy:.3f}  settled {settled} of {len(states)}  taken back {taken_back}  "
+        f"tokens per forward {settled / draft.step:.1f}"
+    )
+
+
+def _cells(clues: Grid, draft: Draft, states: NDArray[np.int64]) -> list[Cell]:
+    """The most likely digits, and how sure the model is of them."""
+    digits = _read(draft.argmax, clues.size).cells
+    doubt = draft.entropy[0] / log(clues.size)
+    return [show_cell(*each) for each in zip(clues.cells, digits, states.tolist(), doubt.tolist(), strict=False)]
+
+
+def show_cell(clue: int, digit: int, state: int, doubt: float) -> Cell:
+    """How a cell is shown.
+
+    Args:
+        clue, digit: what is given (0 where nothing is), and what the model writes (0 where that is no digit).
+        state: of the canvas position, see :class:`~mlx_diffgemma.cli.live.Settling`.
+        doubt: entropy, as a part of the most that it can be.
+    """
+    character = str(digit or "?")
+    if state == TAKEN_BACK:
+        return character, _STYLES["taken back"]
+    if clue and clue == digit:
+        return character, _STYLES["given"]
+    if state == SETTLED:
+        return character, _STYLES["settled"]
+    if doubt > DOT:
+        return "·", _STYLES["in doubt"]
+    return character, _STYLES["in doubt" if doubt > LIKELY else "likely"]
+
+
+def _finished(clues: Grid, answer: Grid, taken_back: NDArray[np.bool_]) -> list[Cell]:
+    states = np.where(taken_back, TAKEN_BACK, SETTLED).tolist()
+    return [show_cell(*each, 0.0) for each in zip(clues.cells, answer.cells, states, strict=True)]
+
+
+def _ruled(cells: Iterable[Cell], size: int) -> Text:
+    """The grid with its boxes ruled, in colours."""
+    text, each = Text(), iter(cells)
+    for character in Grid((0,) * size * size).render():
+        text.append(*(next(each) if character == "." else (character, "dim")))
+    return text
+
+
+def _picture(cells: Sequence[Cell], size: int, status: str, screen: tuple[int, int]) -> list[Text]:
+    """The grid, what its styles mean, and the status; on a low screen without the horizontal rules, and then without the rest."""
+    width, height = screen
+    rows = list(_ruled(cells, size).split("\n"))
+    legend = [Text("  ").join(Text(name, style) for name, style in _STYLES.items())]
+    if len(rows) + 2 > height:
+        rows, legend = [row for row in rows if row.plain[0] == "│"], []
+    return [cut(line, width) for line in [*rows[: height - 1], *legend, Text(status, STATUS_STYLE)]]
+
+
+def _verdict(violations: Sequence[str], steps: int, cells: int) -> str:
+    took = f"{steps} steps, {cells / steps:.1f} cells per forward"
+    if not violations:
+        return f"Solved, no rule broken: {took}."
+    more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
+    return f"Not solved: {took}. {'; '.join(violations[:3])}{more}."
+
+
+def _mended(taken_back: NDArray[np.bool_], answer: Grid, solution: Grid) -> str:
+    if not taken_back.any():
+        return "No cell was taken back after being accepted."
+    mended = int((taken_back & (np.array(answer.cells) == np.array(solution.cells))).sum())
+    return f"Cells taken back after being accepted: {taken_back.sum()}; right in the end: {mended}."
