@@ -149,7 +149,7 @@ def check(puzzle: Grid, answer: Grid) -> list[str]:
     for name, cells in units(puzzle.size):
         held = [answer.cells[cell] for cell in cells]
         violations += [
-            f"{name} holds {digit} {held.count(digit)} times" for digit in sorted(set(held) - {0}) if held.count(digit) > 1
+            f"{name} has {digit} {held.count(digit)} times" for digit in sorted(set(held) - {0}) if held.count(digit) > 1
         ]
     return violations
 

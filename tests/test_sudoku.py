@@ -259,7 +259,7 @@ def test_check_names_planted_errors():
         return check(puzzle, Grid((*answer[:cell], digit, *answer[cell + 1 :])))
 
     assert changed(5, 0) == ["row 2, column 2 is empty"]
-    assert changed(5, 2) == ["row 2 holds 2 2 times", "column 2 holds 2 2 times", "box 1 holds 2 2 times"]
+    assert changed(5, 2) == ["row 2 has 2 2 times", "column 2 has 2 2 times", "box 1 has 2 2 times"]
     assert "row 1, column 1 holds 3, but the clue is 1" in changed(0, 3)
     # A solution by the rules, but of another puzzle: each 1 becomes a 2 and each 2 a 1.
     swapped = Grid(tuple({1: 2, 2: 1}.get(digit, digit) for digit in answer))
