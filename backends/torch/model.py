@@ -253,7 +253,7 @@ class TextModel(nn.Module):
 
     def _scaled(self, rows: Tensor) -> Tensor:
         # The factor is rounded to the weights' type, as it was in training: sqrt(2816) = 53.07 is 53.0 in bfloat16.
-        return rows * torch.tensor(math.sqrt(self.config.hidden_size), dtype=rows.dtype, device=rows.device)
+        return rows * torch.tensor(math.sqrt(self.config.hidden_size), dtype=rows.dtype, device="cpu").item()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 [.., V] after the softcap, c * tanh(logits / c)."""

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_diffgemma.cli.options import backend_options
+from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mlx_diffgemma.checkpoint import Checkpoint
     from mlx_diffgemma.convert import Plan
     from mlx_diffgemma.convert.shards import Report
+    from mlx_diffgemma.measure import Measurement
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -35,6 +42,14 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted run left, instead of going on from it.")
 @click.option("--upload-repo", metavar="OWNER/NAME", help="Send the finished folder to this repository on the hub.")
+@click.option("--measure", is_flag=True, help="Run SOURCE and TARGET, and print how far TARGET's answers are from SOURCE's.")
+@click.option(
+    "--measure-text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="UTF-8 text to measure on; what it lacks in length is written by SOURCE.  [default: all of it]",
+)
+@backend_options
 def convert(
     source: str,
     target: Path,
@@ -45,6 +60,11 @@ def convert(
     dry_run: bool,
     restart: bool,
     upload_repo: str | None,
+    measure: bool,
+    measure_text: Path | None,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
 ) -> None:
     """Quantize the BF16 checkpoint SOURCE, a folder or a hub id, into the new folder TARGET.
 
@@ -57,24 +77,61 @@ def convert(
 
     TARGET appears when it is complete. Until then the work lies in TARGET.partial, and an interrupted run, started again, goes on
     from there.
+
+    --measure runs both models, one after the other, with --backend, --device and --dtype: Kullback-Leibler divergence and equal
+    argmax in a causal pass and on canvases with five shares of noise, and denoising steps per block. The table goes to stdout and
+    into TARGET's README.md. A TARGET that exists already is measured and left as it is.
     """
     from mlx_diffgemma.checkpoint import Checkpoint
     from mlx_diffgemma.convert import Plan, check_repository, make_recipe, side_files, upload, write
 
+    if not measure and (measure_text or backend or device or dtype):
+        raise InputError("--measure-text, --backend, --device and --dtype say how to measure; add --measure")
     formats, shard_bytes = make_recipe(recipe, settings), _parse_size(shard_size)
     if upload_repo:
         check_repository(upload_repo)
     checkpoint = Checkpoint.open(source, revision)
-    plan = Plan.make(checkpoint, formats, shard_bytes)
     if dry_run:
-        click.echo(_table(plan))
+        click.echo(_table(Plan.make(checkpoint, formats, shard_bytes)))
         return
-    with _progress() as report:
-        write(plan, target, side_files(checkpoint, plan), restart=restart, report=report)
-    click.echo(f"{target}: {plan.nbytes:,} bytes; shards: {len(plan.shards)}", err=True)
+    text = _text(checkpoint, measure_text) if measure else None  # what is wrong with it shows before the long work
+    exists = (target / "config.json").exists()
+    if text is None or not exists:
+        plan = Plan.make(checkpoint, formats, shard_bytes)
+        with _progress() as report:
+            write(plan, target, side_files(checkpoint, plan), restart=restart, report=report)
+        click.echo(f"{target}: {plan.nbytes:,} bytes; shards: {len(plan.shards)}", err=True)
+    if text is not None:
+        from mlx_diffgemma import measure as comparison
+
+        found = comparison.measure(checkpoint, Checkpoint.open(target), text, backend=backend, device=device, dtype=dtype)
+        click.echo(f"{found.conditions()}\n\n{table(found.rows(), left=2)}\n\n{found.steps()}")
+        if not exists:
+            with (target / "README.md").open("a", encoding="utf-8") as card:
+                card.write(_card_section(found))
     if upload_repo:
         upload(target, upload_repo)
         click.echo(f"sent to https://huggingface.co/{upload_repo}", err=True)
+
+
+def _text(checkpoint: "Checkpoint", file: Path | None) -> "NDArray[np.int32]":
+    """Tokens of the text to measure on: the beginning-of-text token, and what the file holds."""
+    import numpy as np
+
+    from mlx_diffgemma.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, checkpoint.generation.eos_token_ids)
+    try:
+        content = file.read_text(encoding="utf-8") if file else ""
+    except UnicodeDecodeError as wrong:
+        raise InputError(f"{file}: not UTF-8 at byte {wrong.start}; --measure-text takes plain text") from None
+    return np.array([tokenizer.bos_token_id, *tokenizer.encode(content)], np.int32)
+
+
+def _card_section(found: "Measurement") -> str:
+    head, *rows = ("| " + " | ".join(row) + " |" for row in found.rows())
+    lines = ["", "## Compared with the source", "", found.conditions(), "", head, "|---|---|---:|---:|---:|", *rows]
+    return "\n".join([*lines, "", found.steps(), ""])
 
 
 def _parse_size(text: str) -> int:
@@ -88,12 +145,7 @@ def _parse_size(text: str) -> int:
 def _table(plan: "Plan") -> str:
     rows = [("part", "format", "tensors", "bytes", "bits per weight")]
     rows += [(row.part, row.format, str(row.tensors), f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}") for row in plan.rows()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for part, form, *numbers in rows:
-        right = [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
-        lines.append("  ".join([part.ljust(widths[0]), form.ljust(widths[1]), *right]))
-    return "\n".join(lines)
+    return table(rows, left=2)
 
 
 @contextmanager
