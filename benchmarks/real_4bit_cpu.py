@@ -9,7 +9,8 @@ words are uniform; scales and biases make the weights' mean 0 and their deviatio
 
 The run has a process of its own: a prefill of 64 random tokens, then denoising steps of a canvas of 256, the second fed by
 the first and the last one timed in pieces. Resident memory is the operating system's count of the whole process, the mapped
-weights included; the bound is 18 GB.
+weights included; the bound is 18 GB. Beside other jobs threads wait for each other in every operation, and times are many times
+longer: run it with real-time priority there (`chrt -f 10`), as results/real_4bit_cpu.json was.
 """
 
 import argparse

@@ -47,7 +47,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     "--measure-text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="UTF-8 text to measure on; what it lacks in length is written by SOURCE.  [default: all of it]",
+    help="UTF-8 text to measure on. Where it is short, or not given, SOURCE writes on.",
 )
 @backend_options
 def convert(

@@ -1,0 +1,224 @@
+"""What a conversion costs: a model beside the one it was made from.
+
+The two answer the same questions about the same text: a prefix, and the canvas that follows it.
+
+- The causal pass over the prefix.
+- The canvas, a share of whose tokens is replaced by random ones: what the model sees from the middle of denoising (much noise) to
+  its end (little). Once without self-conditioning, as in a block's first step, and once with what the model itself makes of that
+  canvas in a first step.
+- The denoising steps that the sampler takes for the block after the prefix. Quantized logits are less sure, and
+  take more.
+
+Kullback-Leibler divergences are of the softmax of the logits after the softcap, without temperature.
+
+Models are loaded one after the other. Of each pass the source's log-probabilities are kept meanwhile at as many positions, evenly
+spaced, as fit :data:`KEPT_BYTES`: 64 positions, and 0.74 GB in all eleven passes, with a vocabulary of 262,144.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_diffgemma import noise
+from mlx_diffgemma.backends import Backend, check_tokens, load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.config import GenerationConfig, ModelConfig
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.sampler import Block, block_diffusion
+
+#: Tenths of a canvas's tokens that are replaced.
+NOISE_TENTHS = (1, 3, 5, 7, 9)
+#: Log-probabilities kept of one pass.
+KEPT_BYTES = 64 << 20
+#: Canvases of text: all but the last one are the prefix, together with the text's first token.
+CANVASES = 2
+#: Blocks that are written for the count of denoising steps, with the seeds from 0.
+SEEDS = range(4)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the target beside the source's.
+
+    Attributes:
+        noise: share of the canvas's tokens that were replaced, 0 to 1; None for the causal pass.
+        self_conditioning: whether the canvas had it.
+        positions: how many were compared.
+        kl: KL(source || target) in nats, the mean over these positions.
+        same_argmax: share of the positions whose most likely token is the same, 0 to 1.
+    """
+
+    noise: float | None
+    self_conditioning: bool
+    positions: int
+    kl: float
+    same_argmax: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What :func:`measure` found.
+
+    Attributes:
+        backend, device, dtype: what ran both.
+        prefix_length, canvas_length: tokens of the text.
+        given: how many of these were given; the source wrote the others.
+        source_steps, target_steps: denoising steps of the block after the prefix, one count a seed.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    prefix_length: int
+    canvas_length: int
+    given: int
+    passes: tuple[Pass, ...]
+    source_steps: tuple[int, ...]
+    target_steps: tuple[int, ...]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of the passes, its head first."""
+        rows: list[tuple[str, ...]] = [("pass", "self-conditioning", "positions", "KL, nats", "same argmax")]
+        for one in self.passes:
+            name = "causal" if one.noise is None else f"canvas, {one.noise:.0%} noise"
+            conditioned = "" if one.noise is None else "yes" if one.self_conditioning else "no"
+            rows.append((name, conditioned, str(one.positions), f"{one.kl:.2e}", f"{one.same_argmax:.1%}"))
+        return rows
+
+    def steps(self) -> str:
+        """A sentence on the denoising steps."""
+        source, target = np.mean(self.source_steps), np.mean(self.target_steps)
+        return (
+            f"Denoising steps per block, mean of {len(self.source_steps)}: "
+            f"{source:.1f} before, {target:.1f} after ({target / source - 1:+.1%})."
+        )
+
+    def conditions(self) -> str:
+        """A sentence on what was compared, and on what."""
+        total = self.prefix_length + self.canvas_length
+        written = f", {total - self.given} of them by the source model itself" if self.given < total else ""
+        return f"Text of {total} tokens{written}; {self.backend} ({self.device}), {self.dtype}."
+
+
+def measure(
+    source: Checkpoint,
+    target: Checkpoint,
+    text: NDArray[np.int32],
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Measurement:
+    """Compare ``target`` with the ``source`` it was converted from.
+
+    Args:
+        text: int32 [N], with its beginning-of-text token first. One token and :data:`CANVASES` canvases are used of it; where it
+            has fewer, it is cut to one token and whole canvases, and the source writes the others, end tokens not ending them.
+        backend, device, dtype: as in :func:`mlx_diffgemma.backends.load_backend`, for both.
+
+    Raises:
+        InputError: before a model is loaded. CheckpointError, BackendError: as load_backend.
+    """
+    begin = _beginning(source, text)
+    if (source.config.vocab_size, source.config.canvas_length) != (target.config.vocab_size, target.config.canvas_length):
+        raise InputError(f"{target.folder} is no conversion of {source.folder}: vocabulary or canvas length differ")
+    # No end token: the same amount is written whatever the text says.
+    config = source.generation.replace(eos_token_ids=(), canvas_length=source.config.canvas_length)
+
+    model = load_backend(source, backend, device=device, dtype=dtype)
+    inputs = _Inputs.make(model, begin, config)
+    expected, source_steps = list(_answers(model, inputs, config)), _count_steps(model, inputs, config)
+    del model  # before the next one is loaded
+    gc.collect()
+    model = load_backend(target, backend, device=device, dtype=dtype)
+    passes = tuple(_compare(*pair) for pair in zip(expected, _answers(model, inputs, config), strict=True))
+    return Measurement(
+        backend=model.name,
+        device=model.device,
+        dtype=model.dtype,
+        prefix_length=inputs.prefix.shape[1],
+        canvas_length=inputs.canvas.shape[1],
+        given=len(begin),
+        passes=passes,
+        source_steps=source_steps,
+        target_steps=_count_steps(model, inputs, config),
+    )
+
+
+def _beginning(checkpoint: Checkpoint, text: NDArray[np.int32]) -> NDArray[np.int32]:
+    """What is used of a text [N]: one token and whole canvases."""
+    check_tokens(text[None], checkpoint.config)
+    canvases = _canvases(checkpoint.config)
+    if not canvases:
+        raise InputError("the model's context is too short to measure: it must hold one token and a canvas")
+    length = checkpoint.config.canvas_length
+    return text[: 1 + min((len(text) - 1) // length, canvases) * length]
+
+
+def _canvases(config: ModelConfig) -> int:
+    """How many canvases of text are used."""
+    return min(CANVASES, (config.max_position_embeddings - 1) // config.canvas_length)
+
+
+class _Inputs(NamedTuple):
+    prefix: NDArray[np.int32]  # [1, P]
+    canvas: NDArray[np.int32]  # [1, L]
+
+    @classmethod
+    def make(cls, source: Backend, begin: NDArray[np.int32], config: GenerationConfig) -> "_Inputs":
+        text, length = begin[None], source.config.canvas_length
+        missing = 1 + _canvases(source.config) * length - len(begin)
+        if missing:
+            events = block_diffusion(source, text, config.replace(max_new_tokens=missing), seed=0)
+            text = np.concatenate([text, *(event.tokens for event in events if isinstance(event, Block))], axis=1)
+        return cls(text[:, :-length], text[:, -length:])
+
+
+class _Answer(NamedTuple):
+    noise: float | None
+    self_conditioning: bool
+    log_probabilities: NDArray[np.float32]  # [positions, V]
+
+
+def _answers(backend: Backend, inputs: _Inputs, config: GenerationConfig) -> Iterator[_Answer]:
+    """The passes in order, each when it is asked for."""
+    cache = backend.new_cache()
+    yield _Answer(None, False, _log_softmax(backend.logits(inputs.prefix, cache, causal=True)[0]))
+    length, vocab_size = inputs.canvas.shape[1], backend.config.vocab_size
+    for tenths in NOISE_TENTHS:
+        replaced = noise.canvas_tokens([0], tenths, 0, length, 10) < tenths  # uniform numbers below 10
+        canvas = np.where(replaced, noise.canvas_tokens([0], tenths, 1, length, vocab_size), inputs.canvas)
+        yield _Answer(tenths / 10, False, _log_softmax(backend.logits(canvas, cache)[0]))
+        signal = backend.denoise(canvas, cache, temperature=config.t_max).self_conditioning
+        yield _Answer(tenths / 10, True, _log_softmax(backend.logits(canvas, cache, self_conditioning=signal)[0]))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of logits [L, V], at the positions that are kept [positions, V]; sums are in float64."""
+    length, vocab_size = logits.shape
+    count = min(length, KEPT_BYTES // (4 * vocab_size))
+    rows: NDArray[np.float32] = logits[np.linspace(0, length - 1, count).round().astype(int)]
+    rows -= rows.max(axis=-1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return rows
+
+
+def _compare(expected: _Answer, answer: _Answer) -> Pass:
+    pairs = zip(expected.log_probabilities, answer.log_probabilities, strict=True)
+    divergences = [float((np.exp(p) * (p - q)).sum(dtype=np.float64)) for p, q in pairs]
+    same = expected.log_probabilities.argmax(axis=-1) == answer.log_probabilities.argmax(axis=-1)
+    return Pass(expected.noise, expected.self_conditioning, len(divergences), float(np.mean(divergences)), float(same.mean()))
+
+
+def _count_steps(backend: Backend, inputs: _Inputs, config: GenerationConfig) -> tuple[int, ...]:
+    """The denoising steps of the block after the prefix, for each seed."""
+    once = config.replace(max_new_tokens=config.canvas_length)
+    counts = []
+    for seed in SEEDS:
+        blocks = [event for event in block_diffusion(backend, inputs.prefix, once, seed=seed) if isinstance(event, Block)]
+        counts += [int(block.steps[0]) for block in blocks]
+    return tuple(counts)
