@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import platform
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ DTYPES = ("float32", "bfloat16")
 
 #: Positions that a causal pass takes at a time: bounds the memory of a long prompt, and keeps every product large.
 PREFILL_CHUNK = 2048
+
+#: Positions whose logits are held at once in scoring: as many as a denoising step holds of the released model.
+SCORE_TILE = 256
 
 
 class Denoised(NamedTuple):
@@ -50,6 +53,10 @@ class Cache(Protocol):
         """Committed positions."""
         ...
 
+    def repeated(self, rows: int) -> Self:
+        """A cache of ``rows`` rows that begins as this one of one row and goes on for itself; what is kept is shared."""
+        ...
+
 
 class Backend(Protocol):
     """One loaded checkpoint on one framework and device."""
@@ -70,6 +77,14 @@ class Backend(Protocol):
         """
         ...
 
+    def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
+        """As :meth:`encode`, and the natural-log probability of each token given all before it, float32 [B, N].
+
+        Of the softmax of the logits after the softcap, at temperature 1. The first token's condition is what is in the cache;
+        where that is empty it has none, and is NaN.
+        """
+        ...
+
     def denoise(
         self,
         canvas: NDArray[np.int32],
@@ -86,8 +101,15 @@ class Backend(Protocol):
             temperature: above 0; divides the logits before every statistic.
             noise_keys: one key a row (:func:`mlx_diffgemma.noise.sampling_keys`), or None to draw nothing.
             self_conditioning: that of the previous step's result, or None in a block's first step.
-            frozen: [L] token ids, -1 where the model may write. A frozen position answers its own token with entropy 0 and
-                feeds it, one-hot, to the next step.
+            frozen: [L] for all rows, or [B, L]: token ids, -1 where the model may write. A frozen position answers its own
+                token with entropy 0 and feeds it, one-hot, to the next step.
+        """
+        ...
+
+    def score_canvas(self, canvas: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
+        """Natural-log probability [B, L] of each token of ``canvas`` [B, L] where the model sees all of it, the token included.
+
+        One denoising pass at temperature 1, without self-conditioning; ``cache`` is read and left as it is.
         """
         ...
 

@@ -1,6 +1,6 @@
 """Writes docs/commands.md, every command's --help on one page; a test keeps it true.
 
-    python docs/commands.py
+python docs/commands.py
 """
 
 from pathlib import Path

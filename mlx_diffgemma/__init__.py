@@ -7,21 +7,31 @@
 Importing this package imports neither framework; loading a model imports the one that is chosen.
 """
 
-from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.causal import Token
+from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.errors import BackendError, CheckpointError, DiffGemmaError, InputError
-from mlx_diffgemma.pipeline import DiffusionGemma, Generation, Statistics, load
+from mlx_diffgemma.infill import Hole, Infill
+from mlx_diffgemma.pipeline import DiffusionGemma, Generation, Score, Statistics, load
+from mlx_diffgemma.revise import Doubt, Revision
 from mlx_diffgemma.sampler import Block, Draft
 
 __all__ = [
     "BackendError",
     "Block",
+    "CausalConfig",
     "CheckpointError",
     "DiffGemmaError",
     "DiffusionGemma",
+    "Doubt",
     "Draft",
     "Generation",
     "GenerationConfig",
+    "Hole",
+    "Infill",
     "InputError",
+    "Revision",
+    "Score",
     "Statistics",
+    "Token",
     "load",
 ]

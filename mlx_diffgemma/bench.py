@@ -1,4 +1,4 @@
-"""How fast one backend runs one checkpoint: the causal pass over a prompt, a denoising step, and a text as a whole.
+"""How fast one backend runs one checkpoint: the causal pass over a prompt, a denoising step, a causal token, a text as a whole.
 
 All is random tokens from one seed, so that a run can be repeated. A trained model is not at its best on them: a canvas after a
 random prompt settles late or never. The prompt and the step take as long as on real text, whose tokens per second are higher.
@@ -13,18 +13,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Backend
-from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.causal import causal
+from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.pipeline import Statistics
 from mlx_diffgemma.sampler import Block, block_diffusion
+
+#: Tokens per denoising step that the two modes are compared at.
+TOKENS_PER_FORWARD = (1, 4, 16, 64)
 
 _PACKAGES = ("mlx-diffgemma", "mlx", "torch", "triton", "numpy")
 
@@ -91,6 +96,19 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
+class Choice(NamedTuple):
+    """Tokens per second of either mode where a denoising step settles ``tokens_per_forward`` tokens."""
+
+    tokens_per_forward: int
+    diffusion: float
+    causal: float
+
+    @property
+    def mode(self) -> str:
+        """The faster one."""
+        return "diffusion" if self.diffusion > self.causal else "causal"
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What :func:`bench` measured.
@@ -98,6 +116,8 @@ class Benchmark:
     Attributes:
         prefill: prompt tokens per second of the causal pass.
         step: seconds of one denoising step of a whole canvas after that prompt, the sampler's decisions left out.
+        commit: seconds of the causal pass that puts a canvas behind that prompt into the cache.
+        token: seconds of one token of the causal mode behind that prompt, its choice included.
         text: a text of ``text.new_tokens`` tokens after that prompt.
         peak_rss: the process's largest resident memory in bytes, the loading included; None where the system does not tell.
         peak_device_memory: the most that the framework held on its device, in bytes; None where it keeps no count.
@@ -113,9 +133,24 @@ class Benchmark:
     seed: int
     prefill: Spread
     step: Spread
+    commit: Spread
+    token: Spread
     text: Statistics
     peak_rss: int | None
     peak_device_memory: int | None
+
+    def choices(self) -> list[Choice]:
+        """Which mode is faster here, by the tokens that a denoising step settles; from the medians.
+
+        How many it settles is a matter of the text, and of the model. A canvas of L tokens takes L / tokens_per_forward steps and
+        one commit.
+        """
+        length = self.canvas_length
+        return [
+            Choice(count, length / (length / count * self.step.median + self.commit.median), 1 / self.token.median)
+            for count in TOKENS_PER_FORWARD
+            if count <= length
+        ]
 
 
 def bench(
@@ -132,8 +167,8 @@ def bench(
     Args:
         config: how the text is sampled. No token ends it: ``config.max_new_tokens`` are written.
         prompt_length: random tokens before the canvas.
-        repeats: of the prompt and of the step; the text is written once.
-        warmup: runs of both before those that count.
+        repeats: of the prompt, the step, the commit and the causal token; the text is written once.
+        warmup: runs of each before those that count.
         seed: of the random tokens and of the sampler.
 
     Raises InputError before anything is computed.
@@ -146,11 +181,15 @@ def bench(
         raise InputError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
     length = config.canvas_length or model.canvas_length
     prompt = noise.canvas_tokens([seed], 0, 0, prompt_length, model.vocab_size)
-    # Checks the lengths, and computes nothing before it is read.
+    canvas = noise.canvas_tokens([seed], 1, 0, length, model.vocab_size)
+    # These two check the lengths, and compute nothing before they are read.
     text = block_diffusion(backend, prompt, config.replace(eos_token_ids=()), seed=seed)
+    alone = CausalConfig.from_generation(config).replace(max_new_tokens=1 + warmup + repeats, eos_token_ids=())
+    tokens = causal(backend, prompt, alone, seed=seed)
 
-    prefill = _seconds(lambda: backend.encode(prompt, backend.new_cache()), repeats, warmup)
-    steps = _step_seconds(backend, prompt, config, length, seed, repeats, warmup)
+    prefill, commit = _encode_seconds(backend, prompt, canvas, repeats, warmup)
+    steps = _step_seconds(backend, prompt, canvas, config, seed, repeats, warmup)
+    each_token = [token.seconds for token in tokens][1 + warmup :]  # the first one's pass is the prompt's
     blocks = [event for event in text if isinstance(event, Block)]
     return Benchmark(
         machine=Machine.this(),
@@ -163,6 +202,8 @@ def bench(
         seed=seed,
         prefill=Spread.of([prompt_length / seconds for seconds in prefill]),
         step=Spread.of(steps),
+        commit=Spread.of(commit),
+        token=Spread.of(each_token),
         text=Statistics(
             prompt_tokens=prompt_length,
             new_tokens=config.max_new_tokens,
@@ -175,13 +216,30 @@ def bench(
     )
 
 
+def _encode_seconds(
+    backend: Backend, prompt: NDArray[np.int32], canvas: NDArray[np.int32], repeats: int, warmup: int
+) -> tuple[list[float], list[float]]:
+    """The causal pass over the prompt, and that over a canvas behind it."""
+    both = []
+    for _ in range(warmup + repeats):
+        cache = backend.new_cache()
+        both.append([_seconds(partial(backend.encode, part, cache)) for part in (prompt, canvas)])
+    prefill, commit = zip(*both[warmup:], strict=True)
+    return list(prefill), list(commit)
+
+
 def _step_seconds(
-    backend: Backend, prompt: NDArray[np.int32], config: GenerationConfig, length: int, seed: int, repeats: int, warmup: int
+    backend: Backend,
+    prompt: NDArray[np.int32],
+    canvas: NDArray[np.int32],
+    config: GenerationConfig,
+    seed: int,
+    repeats: int,
+    warmup: int,
 ) -> list[float]:
     """Denoising steps of one canvas, each fed the self-conditioning of the one before."""
     cache = backend.new_cache()
     backend.encode(prompt, cache)
-    canvas = noise.canvas_tokens([seed], 1, 0, length, backend.config.vocab_size)
     keys = None if config.greedy else noise.sampling_keys([seed], 1, 1)
     signal: Any = None
 
@@ -190,16 +248,13 @@ def _step_seconds(
         result = backend.denoise(canvas, cache, temperature=config.t_max, noise_keys=keys, self_conditioning=signal)
         signal = result.self_conditioning
 
-    return _seconds(step, repeats, warmup)
+    return [_seconds(step) for _ in range(warmup + repeats)][warmup:]
 
 
-def _seconds(run: Callable[[], object], repeats: int, warmup: int) -> list[float]:
-    seconds = []
-    for _ in range(warmup + repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return seconds[warmup:]
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _peak_rss() -> int | None:

@@ -166,7 +166,29 @@ def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class _Options:
+    """What the options of both modes can do."""
+
+    def _require_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+    def replace(self, **options: Any) -> Self:
+        """A copy with the options that are not None put in; raises InputError for an unknown name or a bad value."""
+        unknown = sorted(options.keys() - set(self.option_names()))
+        if unknown:
+            raise InputError(f"unknown generation option {unknown[0]!r}; known are {', '.join(self.option_names())}")
+        given = {name: value for name, value in options.items() if value is not None}
+        return dataclasses.replace(self, **given)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+
+@dataclass(frozen=True)
+class GenerationConfig(_Options):
     """How to sample. Defaults are those of the released checkpoint; see :func:`mlx_diffgemma.sampler.block_diffusion`.
 
     Attributes:
@@ -202,30 +224,14 @@ class GenerationConfig:
             self._require_integer("canvas_length", least=1)
         for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if not _is_number(value) or not math.isfinite(value) or value < 0:
                 raise InputError(f"{name} must be a finite number of at least 0, got {value!r}")
         if self.t_max < self.t_min or self.t_max == 0:
             raise InputError(f"t_max must be above 0 and not below t_min, got t_max {self.t_max} and t_min {self.t_min}")
 
-    def _require_integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-
     def temperature(self, steps_left: int) -> float:
         """Temperature with ``steps_left`` steps to go, this one included (N, N-1, ..., 1 of N)."""
         return self.t_min + (self.t_max - self.t_min) * steps_left / self.max_denoising_steps
-
-    def replace(self, **options: Any) -> Self:
-        """A copy with the options that are not None put in; raises InputError for an unknown name or a bad value."""
-        unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            raise InputError(f"unknown generation option {unknown[0]!r}; known are {', '.join(self.option_names())}")
-        return dataclasses.replace(self, **{name: value for name, value in options.items() if value is not None})
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
     def from_dict(cls, generation: Mapping[str, Any]) -> Self:
@@ -239,3 +245,52 @@ class GenerationConfig:
             return cls().replace(**options)
         except InputError as wrong:
             raise CheckpointError(f"generation_config.json: {wrong}") from None
+
+
+@dataclass(frozen=True)
+class CausalConfig(_Options):
+    """How to sample one token at a time; see :func:`mlx_diffgemma.causal.causal`. Checkpoints say nothing of it.
+
+    Attributes:
+        max_new_tokens: tokens to write at most.
+        temperature: above 0; divides the logits, before the two below look at them.
+        top_k: draw from the k most likely tokens; from all where None.
+        top_p: draw from the fewest most likely tokens (of those that ``top_k`` leaves) whose probabilities sum to at least
+            this, above 0 and at most 1; from all where None.
+        greedy: take the most likely token; the three above then say nothing.
+        eos_token_ids: any of these ends the text.
+        pad_token_id: fills a row behind its end while others of its batch go on.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+    eos_token_ids: tuple[int, ...] = (1,)
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        self._require_integer("max_new_tokens", least=1)
+        if self.top_k is not None:
+            self._require_integer("top_k", least=1)
+        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+            raise InputError(
+                f"temperature must be a finite number above 0 (for the most likely token, use greedy), got {self.temperature!r}"
+            )
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+
+    @classmethod
+    def from_generation(cls, generation: GenerationConfig) -> Self:
+        """With what the two modes share: the length, the end and padding tokens, and whether to be greedy."""
+        return cls(
+            max_new_tokens=generation.max_new_tokens,
+            greedy=generation.greedy,
+            eos_token_ids=generation.eos_token_ids,
+            pad_token_id=generation.pad_token_id,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,5 +1,6 @@
 """From a checkpoint and a prompt to text: the tokenizer, a backend and the sampler put together."""
 
+import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma.backends import Backend, check_tokens, chosen_backend, load_backend
+from mlx_diffgemma.causal import Token, causal
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.config import CausalConfig, GenerationConfig
+from mlx_diffgemma.editing import Editing
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.sampler import Block, Draft, block_diffusion
 from mlx_diffgemma.tokenizer import Tokenizer
 
 #: A text, a conversation of {"role": ..., "content": ...} messages, or token ids.
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+#: Two ways to write with one model: a canvas at a time, or one token at a time.
+MODES = ("diffusion", "causal")
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Statistics:
     Attributes:
         prompt_tokens: tokens before the first canvas.
         new_tokens: tokens written, the end token included and the padding behind it not.
-        denoising_steps: of each block.
+        denoising_steps: of each block; none in the causal mode, whose every pass is the encoder's.
         encode_seconds, denoise_seconds: wall time in either.
     """
 
@@ -40,8 +46,8 @@ class Statistics:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per denoising step: how much a canvas saves over one token at a time."""
-        return self.new_tokens / sum(self.denoising_steps)
+        """New tokens per denoising step: how much a canvas saves over one token at a time, which is 1."""
+        return self.new_tokens / sum(self.denoising_steps) if self.denoising_steps else 1.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -57,6 +63,7 @@ class Generation:
         tokens: the new ids, up to and with the end token.
         finish_reason: "stop" (the model ended its text) or "length" (``max_new_tokens`` reached).
         seed: with the prompt and the options, it gives the same tokens again.
+        logprobs: of each token after all before it, natural, under the causal model at temperature 1; None where not asked for.
     """
 
     text: str
@@ -64,10 +71,50 @@ class Generation:
     finish_reason: str
     seed: int
     statistics: Statistics
+    logprobs: list[float] | None = None
 
 
-class DiffusionGemma:
-    """A loaded model. Made by :func:`load`."""
+#: What :meth:`DiffusionGemma.stream` yields.
+Event = Draft | Block | Token | Generation
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely the causal model finds a text.
+
+    Attributes:
+        tokens: its ids.
+        logprobs: the natural-log probability of each after all before it, at temperature 1; NaN where nothing is before it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of minus the mean log-probability of the tokens that have one; NaN where none has."""
+        known = [value for value in self.logprobs if not math.isnan(value)]
+        return math.exp(-sum(known) / len(known)) if known else math.nan
+
+
+def sampling_options(generation: GenerationConfig, mode: str, options: Mapping[str, Any]) -> GenerationConfig | CausalConfig:
+    """The options of ``mode`` where they are not None, over those of a checkpoint's ``generation``.
+
+    Raises InputError for an unknown mode or option, one of the other mode, or a bad value.
+    """
+    if mode not in MODES:
+        raise InputError(f"unknown mode {mode!r}; known are {' and '.join(MODES)}")
+    own, other = (GenerationConfig, CausalConfig) if mode == "diffusion" else (CausalConfig, GenerationConfig)
+    foreign = [name for name in options if name in other.option_names() and name not in own.option_names()]
+    for name in foreign:
+        if options[name] is not None:
+            raise InputError(f"{name} is no option of the {mode} mode, but of the other one; leave it out, or change the mode")
+    config = generation if mode == "diffusion" else CausalConfig.from_generation(generation)
+    return config.replace(**{name: value for name, value in options.items() if name not in foreign})
+
+
+class DiffusionGemma(Editing):
+    """A loaded model. Made by :func:`load`. How it edits inside a text is in :mod:`mlx_diffgemma.editing`."""
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
         self.checkpoint, self.backend = checkpoint, backend
@@ -87,36 +134,76 @@ class DiffusionGemma:
         self,
         prompt: Prompt,
         *,
+        mode: str = "diffusion",
         raw: bool = False,
         system: str | None = None,
         seed: int | None = None,
         frozen: NDArray[np.int32] | None = None,
         canvas: NDArray[np.int32] | None = None,
+        logprobs: bool = False,
         **options: Any,
-    ) -> Iterator[Draft | Block | Generation]:
+    ) -> Iterator[Event]:
         """Write a text after ``prompt``, and show how.
 
         Args:
             prompt: a text or a conversation, which the chat template renders, or token ids, which are taken as they are.
+            mode: ``diffusion``, a canvas at a time, or ``causal``, one token at a time.
             raw: take a text as it is, without the chat template.
             system: a system message to put before the conversation.
             seed: 0 to 2^64 - 1; by default a fresh one, which the Generation tells.
-            frozen, canvas: as in :func:`~mlx_diffgemma.sampler.block_diffusion`; ``canvas`` is [L] or [1, L].
-            options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, over those of the checkpoint.
+            frozen, canvas: as in :func:`~mlx_diffgemma.sampler.block_diffusion`. Diffusion only.
+            logprobs: tell how likely the causal model finds each token. In diffusion this costs an output head a block, and one
+                more pass in the end.
+            options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, over those of the checkpoint, or in the causal
+                mode of :class:`~mlx_diffgemma.config.CausalConfig`.
 
         Yields:
-            A Draft after each denoising step, a Block after each canvas, and at the end the Generation. Whoever stops reading
-            stops the computation; nothing is left to close.
+            A Draft after each denoising step and a Block after each canvas, or a Token after each pass; and at the end the
+            Generation. Whoever stops reading stops the computation; nothing is left to close.
 
         Raises:
             InputError: at once, before the first event is asked for.
         """
         ids = self.prompt_ids(prompt, raw=raw, system=system)
-        config = self.checkpoint.generation.replace(**options)
+        config = sampling_options(self.checkpoint.generation, mode, options)
         seed = secrets.randbits(64) if seed is None else seed
-        first = None if canvas is None else np.atleast_2d(np.asarray(canvas, np.int32))
-        events = block_diffusion(self.backend, ids, config, seed=seed, frozen=frozen, canvas=first)
+        events: Iterator[Draft | Block] | Iterator[Token]
+        if isinstance(config, CausalConfig):
+            if frozen is not None or canvas is not None:
+                raise InputError("frozen and canvas belong to the diffusion mode; leave them out, or change the mode")
+            events = causal(self.backend, ids, config, seed=seed, logprobs=logprobs)
+        else:
+            first = None if canvas is None else np.atleast_2d(np.asarray(canvas, np.int32))
+            events = block_diffusion(self.backend, ids, config, seed=seed, frozen=frozen, canvas=first, logprobs=logprobs)
         return self._finished(events, ids.shape[1], config, seed)
+
+    def score(self, text: str | Sequence[int], prompt: Prompt | None = None, *, raw: bool = False) -> Score:
+        """How likely the causal model finds each token of ``text``: exact, in one pass over it.
+
+        Args:
+            text: a text, which is tokenized by itself, or token ids. It is taken as it is.
+            prompt: what comes before, read as in :meth:`stream`: with the chat template, ``text`` is the model's answer. By
+                default the beginning-of-sequence token alone.
+            raw: take a prompt as it is, without the chat template. Without one, begin with ``text`` itself: its first token then
+                has no probability, and does not count in the perplexity.
+
+        Raises InputError where the text is empty or, with the prompt, exceeds the model's context.
+        """
+        ids: Sequence[int] = self.tokenizer.encode(text) if isinstance(text, str) else text
+        if not len(ids):
+            raise InputError("the text is empty")
+        tokens, cache = self._checked_ids(ids), self.backend.new_cache()
+        before = np.empty((1, 0), np.int32)
+        if prompt is not None:
+            before = self.prompt_ids(prompt, raw=raw)
+        elif not raw:
+            before = np.array([[self.tokenizer.bos_token_id]], np.int32)
+        total, context = before.shape[1] + tokens.shape[1], self.backend.config.max_position_embeddings
+        if total > context:
+            raise InputError(f"the text, with its prompt, has {total} tokens; the model's context is {context}; shorten it")
+        if before.size:
+            self.backend.encode(before, cache)
+        return Score(tokens[0].tolist(), self.backend.score(tokens, cache)[0].tolist())
 
     def prompt_ids(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> NDArray[np.int32]:
         """Token ids [1, N] of a prompt, as :meth:`stream` reads it."""
@@ -128,7 +215,7 @@ class DiffusionGemma:
                     raise InputError("a system message needs the chat template; leave out raw, or write it into the prompt")
                 return self._checked_ids(self.tokenizer.encode(prompt))
             prompt = [{"role": "user", "content": prompt}]
-        if not prompt:
+        if not len(prompt):  # noqa: PLC1802 (a NumPy array has no truth value)
             raise InputError("the prompt is empty")
         if isinstance(prompt[0], Mapping):
             messages = [{"role": "system", "content": system}] if system is not None else []
@@ -145,25 +232,38 @@ class DiffusionGemma:
         return tokens.astype(np.int32)
 
     def _finished(
-        self, events: Iterator[Draft | Block], prompt_tokens: int, config: GenerationConfig, seed: int
-    ) -> Iterator[Draft | Block | Generation]:
-        blocks = []
+        self,
+        events: Iterator[Draft | Block] | Iterator[Token],
+        prompt_tokens: int,
+        config: GenerationConfig | CausalConfig,
+        seed: int,
+    ) -> Iterator[Event]:
+        written: list[Block | Token] = []
         for event in events:
-            if isinstance(event, Block):
-                blocks.append(event)
+            if not isinstance(event, Draft):
+                written.append(event)
             yield event
-        tokens = np.concatenate([block.tokens[0] for block in blocks])[: config.max_new_tokens].tolist()
+        tokens = np.concatenate([part.tokens[0] for part in written])[: config.max_new_tokens].tolist()
         ends = [position for position, token in enumerate(tokens) if token in config.eos_token_ids]
         tokens = tokens[: ends[0] + 1] if ends else tokens
+        logprobs = [part.logprobs[0] for part in written if part.logprobs is not None]
+        blocks = [part for part in written if isinstance(part, Block)]
         statistics = Statistics(
             prompt_tokens=prompt_tokens,
             new_tokens=len(tokens),
             denoising_steps=tuple(int(block.steps[0]) for block in blocks),
-            encode_seconds=sum(block.encode_seconds for block in blocks),
+            encode_seconds=sum(part.encode_seconds if isinstance(part, Block) else part.seconds for part in written),
             denoise_seconds=sum(block.denoise_seconds for block in blocks),
         )
         text = self.tokenizer.decode(tokens[:-1] if ends else tokens)
-        yield Generation(text, tokens, "stop" if ends else "length", seed, statistics)
+        yield Generation(
+            text=text,
+            tokens=tokens,
+            finish_reason="stop" if ends else "length",
+            seed=seed,
+            statistics=statistics,
+            logprobs=np.concatenate(logprobs)[: len(tokens)].tolist() if logprobs else None,
+        )
 
 
 def load(

@@ -67,6 +67,8 @@ class Block:
         steps: int [B], denoising steps each row took; 0 for rows that had ended before.
         ended: bool [B], rows whose text has ended.
         encode_seconds, denoise_seconds: wall time spent in either.
+        logprobs: float32 [B, L], the natural-log probability of each token after all before it under the causal model, at
+            temperature 1; None where not asked for. Behind a row's end it is that of the padding.
     """
 
     index: int
@@ -75,6 +77,7 @@ class Block:
     ended: NDArray[np.bool_]
     encode_seconds: float
     denoise_seconds: float
+    logprobs: NDArray[np.float32] | None = None
 
 
 def block_diffusion(
@@ -86,17 +89,25 @@ def block_diffusion(
     frozen: NDArray[np.int32] | None = None,
     canvas: NDArray[np.int32] | None = None,
     cache: Cache | None = None,
+    logprobs: bool = False,
 ) -> Iterator[Draft | Block]:
     """Write up to ``config.max_new_tokens`` tokens after ``prompt``, in whole canvases.
+
+    What follows may be written from the same cache, here again or one token at a time by :func:`~mlx_diffgemma.causal.causal`:
+    the last block is not in it yet (but with ``logprobs`` it is), and is the prompt of what follows. Rows of a batch have gone on
+    with padding where they ended before.
 
     Args:
         prompt: int32 [B, N], N at least 1; rows are independent.
         seed: one for all rows, or one a row; 0 to 2^64 - 1. Same seed, same tokens, in any batch and on any backend.
-        frozen: int32 [P], the template of the new text from its first token on: a token id where it is given, -1 where the
-            model may write. Given positions hold their token in every canvas, are always accepted, and count neither in the
-            bound nor in the mean that stops a block. An end token that the model writes before one still ends the text.
-        canvas: int32 [B, L], the first canvas, instead of random tokens.
+        frozen: int32 [P] for all rows, or [B, P]: the template of the new text from its first token on, a token id where it is
+            given, -1 where the model may write. Given positions hold their token in every canvas, are always accepted, and
+            count neither in the bound nor in the mean that stops a block. An end token that the model writes before one still
+            ends the text.
+        canvas: int32 [P] or [B, P], a draft of the new text from its first token on: what its canvases begin with instead of
+            random tokens; -1 where they are random all the same.
         cache: of B rows, already holding what comes before ``prompt``; it is filled in place. By default a new one.
+        logprobs: score each block as it is committed, at the cost of an output head; for the last one that pass is an extra.
 
     Yields:
         A :class:`Draft` after each denoising step, and a :class:`Block` after each canvas.
@@ -106,13 +117,10 @@ def block_diffusion(
     """
     cache = backend.new_cache(len(prompt)) if cache is None else cache
     length = config.canvas_length or backend.config.canvas_length
-    _check_lengths(backend.config, config, prompt, len(cache), length)
-    _check_template(backend.config, config, frozen, length)
-    if canvas is not None:
-        check_tokens(canvas, backend.config)
-        if canvas.shape != (len(prompt), length):
-            raise InputError(f"canvas must be of shape {[len(prompt), length]}, got {list(canvas.shape)}")
-    return _Run(backend, cache, config, _seeds(seed, len(prompt)), frozen, length).blocks(prompt, canvas)
+    check_lengths(backend.config, config, prompt, len(cache), length)
+    for name, template in (("frozen", frozen), ("canvas", canvas)):
+        _check_template(name, template, backend.config, config, len(prompt), length)
+    return _Run(backend, cache, config, row_seeds(seed, len(prompt)), frozen, canvas, length, logprobs).blocks(prompt)
 
 
 @dataclass(frozen=True)
@@ -124,31 +132,37 @@ class _Run:
     config: GenerationConfig
     seeds: list[int]
     frozen: NDArray[np.int32] | None
+    canvas: NDArray[np.int32] | None
     length: int
+    logprobs: bool
 
-    def blocks(self, prompt: NDArray[np.int32], first: NDArray[np.int32] | None) -> Iterator[Draft | Block]:
+    def blocks(self, prompt: NDArray[np.int32]) -> Iterator[Draft | Block]:
         context, ended = prompt, np.zeros(len(prompt), bool)
         for index in range(ceil(self.config.max_new_tokens / self.length)):
             started = time.perf_counter()
-            self.backend.encode(context, self.cache)
+            if index == 0 or not self.logprobs:  # scored blocks are in the cache
+                self.backend.encode(context, self.cache)
             encoded = time.perf_counter()
             steps = np.zeros(len(prompt), np.int64)
-            for draft in self.denoise(index, first if index == 0 else None, ended):
+            for draft in self.denoise(index, ended):
                 steps += draft.active
                 argmax = draft.argmax
                 yield draft
             context, ended = _commit(argmax, ended, self.config)
-            yield Block(index, context, steps, ended, encoded - started, time.perf_counter() - encoded)
+            denoised = time.perf_counter()
+            logprobs = self.backend.score(context, self.cache) if self.logprobs else None
+            encode_seconds = encoded - started + time.perf_counter() - denoised
+            yield Block(index, context, steps, ended, encode_seconds, denoised - encoded, logprobs)
             if ended.all():
                 return
 
-    def denoise(self, block: int, first: NDArray[np.int32] | None, ended: NDArray[np.bool_]) -> Iterator[Draft]:
+    def denoise(self, block: int, ended: NDArray[np.bool_]) -> Iterator[Draft]:
         """The denoising steps of one canvas, until every row is done or the steps are."""
         config, vocab_size = self.config, self.backend.config.vocab_size
         template = _template(self.frozen, block, self.length)
-        free = np.ones(self.length, bool) if template is None else template == FREE
-        canvas = noise.canvas_tokens(self.seeds, block, 0, self.length, vocab_size) if first is None else first
-        canvas = _pin(canvas, template)
+        canvas = noise.canvas_tokens(self.seeds, block, 0, self.length, vocab_size)
+        canvas = _pin(_pin(canvas, _template(self.canvas, block, self.length)), template)
+        free = np.broadcast_to(True if template is None else template == FREE, canvas.shape)
         argmax, entropy, accepted = canvas, np.zeros(canvas.shape, np.float32), np.zeros(canvas.shape, bool)
         done, self_conditioning = ended.copy(), None
         history: list[NDArray[np.int32]] = []  # the argmax of the last stability_threshold steps
@@ -178,7 +192,7 @@ class _Run:
 
 
 def accept(entropy: NDArray[np.float32], free: NDArray[np.bool_], bound: float) -> NDArray[np.bool_]:
-    """Which positions [B, L] are accepted: frozen ones, and of the ``free`` [L] ones, in order of rising entropy, those
+    """Which positions [B, L] are accepted: frozen ones, and of the ``free`` ones, in order of rising entropy, those
     before which the entropies sum to at most ``bound`` nats; so always at least one."""
     ranked = np.where(free, entropy.astype(np.float64), 0.0)  # frozen ones come first and add nothing
     order = np.argsort(ranked, axis=1, kind="stable")
@@ -196,10 +210,10 @@ def _stable(argmax: NDArray[np.int32], history: list[NDArray[np.int32]], thresho
 
 
 def _confident(entropy: NDArray[np.float32], free: NDArray[np.bool_], threshold: float) -> NDArray[np.bool_]:
-    """Rows [B] whose mean entropy over the free positions is below ``threshold`` nats (always, where none is free)."""
-    if not free.any():
-        return np.ones(len(entropy), bool)
-    confident: NDArray[np.bool_] = entropy[:, free].mean(axis=1, dtype=np.float64) < threshold
+    """Rows [B] whose mean entropy over the ``free`` [B, L] positions is below ``threshold`` nats (always, where none is free)."""
+    count = free.sum(axis=1)
+    confident: NDArray[np.bool_] = np.where(free, entropy, 0.0).sum(axis=1, dtype=np.float64) < threshold * count
+    confident[count == 0] = True
     return confident
 
 
@@ -213,12 +227,13 @@ def _commit(
     return tokens, ended | is_end.any(axis=1)
 
 
-def _template(frozen: NDArray[np.int32] | None, block: int, length: int) -> NDArray[np.int32] | None:
-    """The part of the template that falls into one canvas [L], or None where it says nothing there."""
-    if frozen is None:
+def _template(whole: NDArray[np.int32] | None, block: int, length: int) -> NDArray[np.int32] | None:
+    """The part of a template that falls into one canvas, [L] or [B, L], or None where it says nothing there."""
+    if whole is None:
         return None
-    part = frozen[block * length : (block + 1) * length]
-    template = np.concatenate([part, np.full(length - len(part), FREE)]).astype(np.int32)
+    part = whole[..., block * length : (block + 1) * length]
+    template = np.full((*part.shape[:-1], length), FREE, np.int32)
+    template[..., : part.shape[-1]] = part
     return template if (template != FREE).any() else None
 
 
@@ -226,7 +241,8 @@ def _pin(canvas: NDArray[np.int32], template: NDArray[np.int32] | None) -> NDArr
     return canvas if template is None else np.where(template == FREE, canvas, template)
 
 
-def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    """One seed a row, of one for all or as many as rows; raises InputError."""
     seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * rows
     if len(seeds) != rows:
         raise InputError(f"{len(seeds)} seeds for {rows} rows; give one for all, or one a row")
@@ -236,7 +252,8 @@ def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     return seeds
 
 
-def _check_lengths(model: ModelConfig, config: GenerationConfig, prompt: NDArray[np.int32], cached: int, length: int) -> None:
+def check_lengths(model: ModelConfig, config: GenerationConfig, prompt: NDArray[np.int32], cached: int, length: int) -> None:
+    """Raise InputError unless ``prompt`` after ``cached`` positions, and canvases of ``length`` after it, fit the model."""
     check_tokens(prompt, model)
     if length > model.canvas_length:
         raise InputError(f"canvas_length {length} exceeds the model's {model.canvas_length}")
@@ -248,10 +265,15 @@ def _check_lengths(model: ModelConfig, config: GenerationConfig, prompt: NDArray
         )
 
 
-def _check_template(model: ModelConfig, config: GenerationConfig, frozen: NDArray[np.int32] | None, length: int) -> None:
-    if frozen is None:
+def _check_template(
+    name: str, template: NDArray[np.int32] | None, model: ModelConfig, config: GenerationConfig, rows: int, length: int
+) -> None:
+    if template is None:
         return
-    if frozen.ndim != 1 or len(frozen) > ceil(config.max_new_tokens / length) * length:
-        raise InputError(f"frozen must be one row within the {config.max_new_tokens} new tokens, got shape {list(frozen.shape)}")
-    if frozen.size and (frozen.min() < FREE or frozen.max() >= model.vocab_size):
-        raise InputError(f"frozen holds a token id outside the vocabulary of {model.vocab_size} tokens")
+    room = ceil(config.max_new_tokens / length) * length
+    if template.shape[:-1] not in ((), (rows,)) or template.ndim == 0 or template.shape[-1] > room:
+        raise InputError(
+            f"{name} must be one row, or {rows}, within the {config.max_new_tokens} new tokens, got shape {list(template.shape)}"
+        )
+    if template.size and (template.min() < FREE or template.max() >= model.vocab_size):
+        raise InputError(f"{name} holds a token id outside the vocabulary of {model.vocab_size} tokens")

@@ -10,6 +10,7 @@ import codecs
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,13 +34,16 @@ class Tokenizer:
     Attributes:
         vocab_size: number of ids; each is below it.
         pad_token_id, eos_token_id, bos_token_id: as the checkpoint names them.
+        end_of_turn_id: what ends a turn of a chat; the end token where the vocabulary has no such marker.
     """
 
     def __init__(self, backend: "PreTrainedTokenizerBase", end_token_ids: Iterable[int] = ()) -> None:
         self._backend = backend
         self.vocab_size = len(backend)
         self.pad_token_id, self.eos_token_id, self.bos_token_id = (self._required_id(name) for name in _REQUIRED)
-        markers = {self.token_id(marker) for marker in _TURN_MARKERS} - {None}
+        begin, end = (self.token_id(marker) for marker in _TURN_MARKERS)
+        self.end_of_turn_id = self.eos_token_id if end is None else end
+        markers = {begin, end} - {None}
         self._structural = {self.pad_token_id, self.eos_token_id, self.bos_token_id, *end_token_ids, *markers}
 
     @classmethod
@@ -121,6 +125,22 @@ class Tokenizer:
         # (sentencepiece).
         written = b"".join(_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(kept))
         return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final)
+
+    def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
+        """The characters (start, end) of ``text`` that each of its ``ids`` lies in; tokens of one character's bytes share it.
+
+        Raises InputError where the tokenizer does not read every character as it is.
+        """
+        pieces = [_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(list(ids))]
+        written = b"".join(pieces)
+        if written != text.replace("▁", " ").encode():
+            raise InputError(
+                "the tokenizer does not read this text character by character, so that its tokens have no place in it"
+            )
+        # A byte 10xxxxxx goes on with the character before it.
+        character = list(accumulate((byte & 0xC0) != 0x80 for byte in written))
+        ends = list(accumulate(map(len, pieces)))
+        return [(character[end - len(piece)] - 1, character[end - 1]) for piece, end in zip(pieces, ends, strict=True)]
 
     def render(
         self,

@@ -43,6 +43,36 @@ class FakeBackend:
         return Denoised(*self.script(block, step, canvas), self_conditioning=(block, step))
 
 
+class Cached(list[int]):
+    """Positions; a copy goes on for itself."""
+
+    def repeated(self, rows: int) -> "Cached":
+        return Cached(self)
+
+
+@dataclass
+class EditingFake(FakeBackend):
+    """Keeps to frozen tokens, and scores tokens by ``causal`` and ``canvas``, which map token ids to log-probabilities."""
+
+    causal: Callable[[NDArray[np.int32]], Any] = np.zeros_like
+    canvas: Callable[[NDArray[np.int32]], Any] = np.zeros_like
+    scored: list[NDArray[np.int32]] = field(default_factory=list)
+
+    def new_cache(self, batch_size: int = 1) -> Cached:
+        return Cached()
+
+    def denoise(self, canvas: NDArray[np.int32], cache: list[int], **given: Any) -> Denoised:
+        answer, frozen = super().denoise(canvas, cache, **given), given["frozen"]
+        return answer if frozen is None else answer._replace(argmax=np.where(frozen >= 0, frozen, answer.argmax))
+
+    def score(self, tokens: NDArray[np.int32], cache: list[int]) -> NDArray[np.float32]:
+        self.scored.append(tokens.copy())
+        return np.asarray(self.causal(tokens), np.float32)
+
+    def score_canvas(self, canvas: NDArray[np.int32], cache: list[int]) -> NDArray[np.float32]:
+        return np.asarray(self.canvas(canvas), np.float32)
+
+
 def full(tokens: Any, entropy: Any = 0.0, sampled: Any = None) -> Answer:
     """An answer for one row or more; ``tokens`` and ``entropy`` broadcast over the canvas."""
     argmax = np.atleast_2d(np.broadcast_to(np.asarray(tokens, np.int32), np.broadcast_shapes(np.shape(tokens), (L,))))

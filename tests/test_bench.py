@@ -1,5 +1,6 @@
 """The benchmark: what it counts, what it leaves out, and what it refuses. How long a thing takes is not tested."""
 
+import dataclasses
 import json
 import platform
 from collections.abc import Callable
@@ -41,9 +42,11 @@ class Clocked:
         self.now += seconds if call in self.calls else 100.0
         self.calls.append(call)
 
-    def encode(self, tokens: Any, cache: list[Any], *, logits: bool = False) -> None:
+    def encode(self, tokens: Any, cache: list[Any], *, logits: bool = False) -> Any:
         cache.extend(tokens[0])
-        self._take("encode", 2.0 + len(self.calls) % 2)
+        call = {30: "prompt", 8: "canvas", 1: "token"}[tokens.shape[1]]
+        self._take(call, {"prompt": 2.0 + self.calls.count(call) % 2, "canvas": 1.5, "token": 0.25}[call])
+        return np.zeros((1, self.config.vocab_size), np.float32) if logits else None
 
     def denoise(self, canvas: Any, cache: list[Any], *, self_conditioning: Any = None, **options: Any) -> Denoised:
         self._take("denoise", 0.5)
@@ -63,10 +66,14 @@ def clocked(checkpoint: Folder, monkeypatch: pytest.MonkeyPatch) -> Clocked:
 def test_warmup_does_not_count(clocked: Clocked) -> None:
     config = GenerationConfig(max_new_tokens=12, max_denoising_steps=3, eos_token_ids=tuple(range(128)))
     result = bench(clocked, config, prompt_length=30, repeats=4, warmup=1)  # type: ignore[arg-type]
-    # encode: 1 + 4 alternate, 1 fills the cache; then 1 + 4 steps; then each of two blocks encodes and takes 3 steps
-    assert clocked.calls == ["encode"] * 6 + ["denoise"] * 5 + (["encode"] + ["denoise"] * 3) * 2
+    # 1 + 4 prompts with a canvas behind them; 1 fills the cache, then 1 + 4 steps; a prompt and then 1 + 4 tokens; and the two
+    # blocks of the text, each encodes what comes before it and takes 3 steps
+    steps, text = ["prompt"] + ["denoise"] * 5, ["prompt"] + ["denoise"] * 3 + ["canvas"] + ["denoise"] * 3
+    assert clocked.calls == ["prompt", "canvas"] * 5 + steps + ["prompt"] + ["token"] * 5 + text
     assert result.prefill == Spread(median=(30 / 2 + 30 / 3) / 2, least=30 / 3, most=30 / 2)
     assert result.step == Spread(0.5, 0.5, 0.5)
+    assert result.commit == Spread(1.5, 1.5, 1.5)
+    assert result.token == Spread(0.25, 0.25, 0.25)
     assert (result.text.new_tokens, result.text.denoising_steps) == (12, (3, 3)), "an end token ended the text"
     assert result.text.denoise_seconds == 6 * 0.5
     assert (result.peak_device_memory, result.canvas_length, result.prompt_length) == (12345, 8, 30)
@@ -76,6 +83,15 @@ def test_without_warmup_the_first_run_counts(clocked: Clocked) -> None:
     result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1, warmup=0)  # type: ignore[arg-type]
     assert result.prefill == Spread(0.3, 0.3, 0.3)
     assert result.step.median == 100
+
+
+def test_choices(clocked: Clocked) -> None:
+    result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1)  # type: ignore[arg-type]
+    # 8 tokens: 8 or 2 steps of 0.5 s and a commit of 1.5 s, against 8 tokens of 0.25 s. 16 do not fit into the canvas.
+    assert result.choices() == [(1, 8 / 5.5, 4.0), (4, 8 / 2.5, 4.0)]
+    assert [choice.mode for choice in result.choices()] == ["causal", "causal"]
+    faster = dataclasses.replace(result, token=Spread(0.5, 0.5, 0.5))
+    assert [choice.mode for choice in faster.choices()] == ["causal", "diffusion"]
 
 
 def test_spread() -> None:
@@ -129,8 +145,12 @@ def test_json_of_the_command(checkpoint: Folder, backend: Callable[..., Backend]
     assert result["text"]["tokens_per_forward"] == pytest.approx(12 / sum(steps))
     seconds = result["text"]["encode_seconds"] + result["text"]["denoise_seconds"]
     assert result["text"]["tokens_per_second"] == pytest.approx(12 / seconds)
-    for spread in (result["prefill"], result["step"]):
+    for spread in (result["prefill"], result["step"], result["commit"], result["token"]):
         assert 0 < spread["least"] <= spread["median"] <= spread["most"]
+    assert [choice["tokens_per_forward"] for choice in result["choices"]] == [1, 4]
+    for choice in result["choices"]:
+        assert choice["causal"] == pytest.approx(1 / result["token"]["median"])
+        assert choice["mode"] == ("diffusion" if choice["diffusion"] > choice["causal"] else "causal")
     assert {name: result[name] for name in ("model", "backend", "device", "dtype", "canvas_length", "repeats", "seed")} == {
         "model": str(folder),
         "backend": backend_name,
@@ -161,6 +181,9 @@ def test_text_of_the_command(checkpoint: Folder, backend_name: str) -> None:
     assert rows["tokens per denoising step"] == "4.00"
     assert rows["denoising steps per block"] == "2.0"
     assert float(rows["prompt of 9, tokens/s"]) > 0
+    assert float(rows["causal token, s"]) > 0
+    assert run.stdout.splitlines()[-3].split("  ")[0] == "tokens per forward"
+    assert [line.split()[0] for line in run.stdout.splitlines()[-2:]] == ["1", "4"]
 
 
 def test_command_exits_2_for_bad_input(checkpoint: Folder) -> None:

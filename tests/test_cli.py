@@ -196,7 +196,7 @@ def test_version() -> None:
 
 
 def test_wrong_usage() -> None:
-    for arguments in (["paint"], ["generate"], ["info", "a", "b"], ["generate", "m", "--temperature", "1"]):
+    for arguments in (["paint"], ["generate"], ["info", "a", "b"], ["generate", "m", "--heat", "1"]):
         result = CliRunner().invoke(main, arguments)
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.startswith("Usage: ")

@@ -316,7 +316,7 @@ def test_seeds_of_the_wrong_form(model: DiffusionGemma, seed: Any) -> None:
 
 def test_options_of_the_wrong_form(model: DiffusionGemma) -> None:
     for options, expected in (
-        ({"temperature": 1.0}, "unknown generation option 'temperature'; known are max_new_tokens"),
+        ({"heat": 1.0}, "unknown generation option 'heat'; known are max_new_tokens"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
         ({"t_max": "0.5"}, "t_max must be a finite number"),

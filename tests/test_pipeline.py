@@ -116,8 +116,8 @@ def test_bad_input_is_told_before_the_first_event(fake: Callable[..., DiffusionG
     model = fake()
     with pytest.raises(InputError, match="seed"):
         model.stream([5], seed=-1)
-    with pytest.raises(InputError, match="unknown generation option 'temperature'"):
-        model.stream([5], temperature=1.0)
+    with pytest.raises(InputError, match="unknown generation option 'heat'"):
+        model.stream([5], heat=1.0)
     assert not model.backend.encoded
 
 

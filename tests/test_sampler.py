@@ -156,12 +156,30 @@ def test_a_shorter_canvas() -> None:
     np.testing.assert_array_equal(backend.steps[0]["canvas"], noise.canvas_tokens([0], 0, 0, 4, V))
 
 
-def test_a_first_canvas_is_taken_as_it_is_and_only_first() -> None:
+def test_a_draft_over_several_blocks() -> None:
     backend = FakeBackend(lambda block, step, canvas: full(step, 1.0))
-    given = np.arange(L, dtype=np.int32)[None]
-    run(backend, replace(CONFIG, max_new_tokens=2 * L, max_denoising_steps=1), canvas=given)
-    np.testing.assert_array_equal(backend.steps[0]["canvas"], given)
-    np.testing.assert_array_equal(backend.steps[1]["canvas"], noise.canvas_tokens([0], 1, 0, L, V))
+    draft = np.arange(L + 2, dtype=np.int32)[None]
+    draft[0, 3] = -1
+    run(backend, replace(CONFIG, max_new_tokens=3 * L, max_denoising_steps=1), canvas=draft)
+    expected = [noise.canvas_tokens([0], block, 0, L, V) for block in range(3)]
+    expected[0][0, [0, 1, 2, 4, 5]] = 0, 1, 2, 4, 5
+    expected[1][0, :2] = L, L + 1
+    for asked, canvas in zip(backend.steps, expected, strict=True):
+        np.testing.assert_array_equal(asked["canvas"], canvas)
+
+
+def test_each_row_has_a_template_of_its_own() -> None:
+    frozen = np.array([[30, -1, 31], [-1, 32, -1], [-1, -1, -1]], np.int32)
+    answers = np.array([[0.0, 0.1, 0.0, 0.1, 0.1, 0.3], [1.0, 0.0, 1.0, 0.9, 1.0, 1.0], [0.2] * 6])
+    backend = FakeBackend(lambda block, step, canvas: full(np.full((3, L), 7), answers))
+    # The free positions' means are 0.15, 0.98 and 0.2: over all positions the first would be 0.1.
+    config = replace(CONFIG, entropy_bound=0.0, confidence_threshold=0.15, stability_threshold=0, max_denoising_steps=2)
+    drafts, blocks = run(backend, config, prompt=PROMPT.repeat(3, axis=0), frozen=frozen)
+    assert drafts[0].accepted.sum(axis=1).tolist() == [3, 2, 1], "the frozen ones and one more"
+    assert [asked["canvas"][:, :3][frozen >= 0].tolist() for asked in backend.steps] == [[30, 31, 32]] * 2
+    assert blocks[0].steps.tolist() == [2, 2, 2]
+    _, blocks = run(backend, replace(config, confidence_threshold=0.16), prompt=PROMPT.repeat(3, axis=0), frozen=frozen)
+    assert blocks[0].steps.tolist() == [1, 2, 2]
 
 
 def test_frozen_over_several_blocks() -> None:
@@ -214,11 +232,11 @@ def test_stopping_to_read_stops_the_backend() -> None:
         ({"cache": list(range(56))}, "59 prompt tokens and 6 new ones"),
         ({"config": replace(CONFIG, canvas_length=L + 1)}, "canvas_length 7 exceeds the model's 6"),
         ({"config": replace(CONFIG, max_new_tokens=61)}, "exceed the model's context of 64 tokens"),
-        ({"canvas": np.zeros((1, L - 1), np.int32)}, "canvas must be of shape [1, 6], got [1, 5]"),
-        ({"canvas": np.full((1, L), V, np.int32)}, f"token id {V} is outside"),
+        ({"canvas": np.zeros((2, L), np.int32)}, "canvas must be one row, or 1, within the 6 new tokens, got shape [2, 6]"),
+        ({"canvas": np.full((1, L), V, np.int32)}, "canvas holds a token id outside the vocabulary of 50 tokens"),
         ({"frozen": np.full(L, V, np.int32)}, "frozen holds a token id outside the vocabulary"),
-        ({"frozen": np.full(L + 1, -1, np.int32)}, "frozen must be one row within the 6 new tokens, got shape [7]"),
-        ({"frozen": np.full((1, L), -1, np.int32)}, "got shape [1, 6]"),
+        ({"frozen": np.full(L + 1, -1, np.int32)}, "frozen must be one row, or 1, within the 6 new tokens, got shape [7]"),
+        ({"frozen": np.full((2, L), -1, np.int32)}, "got shape [2, 6]"),
         ({"frozen": np.full(L, -2, np.int32)}, "frozen holds a token id outside the vocabulary"),
     ],
 )

@@ -11,7 +11,7 @@ from mlx_diffgemma.backends import PREFILL_CHUNK, Denoised, check_tokens
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import TextModel
 from mlx_diffgemma.backends.mlx.quantized import quantize_modules
-from mlx_diffgemma.backends.mlx.step import step
+from mlx_diffgemma.backends.mlx.step import logprobs, score, step
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.errors import BackendError, InputError
 from mlx_diffgemma.noise import bits
@@ -81,6 +81,17 @@ class MlxBackend:
                 mx.eval(cache.arrays())  # keeps no more than one chunk's graph
             return np.array(self.model.head(hidden[:, -1])) if logits else None
 
+    def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
+        check_tokens(tokens, self.config)
+        unconditioned, chunks = not len(cache), []
+        with mx.stream(self._place):
+            for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+                chunks.append(score(self.model, mx.array(tokens[:, start : start + PREFILL_CHUNK]), cache))
+                mx.eval(chunks[-1], cache.arrays())
+            logprobs = np.array(mx.concatenate(chunks, axis=1))
+        logprobs[:, :unconditioned] = np.nan
+        return logprobs
+
     def denoise(
         self,
         canvas: NDArray[np.int32],
@@ -107,6 +118,12 @@ class MlxBackend:
             )
             mx.eval(argmax, sampled, entropy, soft_embeddings)
         return Denoised(np.array(argmax), np.array(sampled), np.array(entropy), soft_embeddings)
+
+    def score_canvas(self, canvas: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
+        check_tokens(canvas, self.config)
+        with mx.stream(self._place):
+            tokens = mx.array(canvas)
+            return np.array(logprobs(self.model, self.model.denoise(tokens, cache), tokens))
 
     def logits(
         self,

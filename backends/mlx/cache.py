@@ -4,6 +4,8 @@ Arrays are concatenated, never written in place: a canvas sees what is committed
 beside the weights that a step reads anyway. (mlx-lm's rotating cache does not keep the order of positions that a canvas needs.)
 """
 
+import copy
+
 import mlx.core as mx
 
 from mlx_diffgemma.config import ModelConfig
@@ -23,6 +25,14 @@ class LayerCache:
             return keys, values
         return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
 
+    def repeated(self, rows: int) -> "LayerCache":
+        """A copy for ``rows`` rows of one row; nothing is written in place, so that the arrays are shared."""
+        other = LayerCache(self.window)
+        if self.keys is not None and self.values is not None:
+            shape = (rows, *self.keys.shape[1:])
+            other.keys, other.values = mx.broadcast_to(self.keys, shape), mx.broadcast_to(self.values, shape)
+        return other
+
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As :meth:`extended`, and keep the new positions too."""
         keys, values = self.extended(keys, values)
@@ -35,16 +45,28 @@ class LayerCache:
 
 
 class Cache:
-    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions."""
+    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions.
+
+    ``last`` is the final hidden state [B, H] of the last of them, which says what token comes next; None where there is none.
+    """
 
     def __init__(self, config: ModelConfig, batch_size: int = 1) -> None:
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None) for layer in config.layers]
         self.batch_size = batch_size
         self.length = 0
+        self.last: mx.array | None = None
 
     def __len__(self) -> int:
         return self.length
 
+    def repeated(self, rows: int) -> "Cache":
+        """A cache of ``rows`` rows that begins as this one of one row and goes on for itself."""
+        other = copy.copy(self)
+        other.layers, other.batch_size = [layer.repeated(rows) for layer in self.layers], rows
+        other.last = None if self.last is None else mx.broadcast_to(self.last, (rows, self.last.shape[-1]))
+        return other
+
     def arrays(self) -> list[mx.array]:
         """All that is kept, for ``mx.eval``."""
-        return [array for layer in self.layers for array in (layer.keys, layer.values) if array is not None]
+        layers = [array for layer in self.layers for array in (layer.keys, layer.values)]
+        return [array for array in (*layers, self.last) if array is not None]

@@ -1,7 +1,11 @@
-"""The hot step: a canvas in, three small arrays and the next step's self-conditioning out; nothing large outlives it."""
+"""The hot step: a canvas in, three small arrays and the next step's self-conditioning out; nothing large outlives it.
+
+Scoring, which lies beside it, is the same head on given tokens.
+"""
 
 import mlx.core as mx
 
+from mlx_diffgemma.backends import SCORE_TILE
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import TextModel
 
@@ -22,7 +26,7 @@ def step(
         canvas: int32 [B, L].
         noise: uint32 [B, L], the bits of :func:`mlx_diffgemma.noise.bits` at each position, or None to draw nothing.
         soft_embeddings: [B, L, H] from the previous step, or None.
-        frozen: int32 [L], -1 where the model may write, or None.
+        frozen: int32 [L] or [B, L], -1 where the model may write, or None.
 
     Returns:
         argmax, sampled (int32 [B, L]), entropy (float32 [B, L], nats), and the next step's soft embeddings [B, L, H].
@@ -36,8 +40,32 @@ def step(
         known, token = frozen >= 0, mx.maximum(frozen, 0)
         argmax, sampled = mx.where(known, token, argmax), mx.where(known, token, sampled)
         entropy = mx.where(known, 0.0, entropy)
-        soft = mx.where(known[:, None], model.embed(token), soft)
+        soft = mx.where(known[..., None], model.embed(token), soft)
     return argmax, sampled, entropy, soft
+
+
+def score(model: TextModel, tokens: mx.array, cache: Cache) -> mx.array:
+    """Encode tokens int32 [B, N], N at least 1; the log-probability of each after all before it, float32 [B, N].
+
+    That of the first token after an empty cache says nothing.
+    """
+    before = cache.last
+    hidden = model.encode(tokens, cache)
+    before = mx.zeros_like(hidden[:, 0]) if before is None else before
+    return logprobs(model, mx.concatenate([before[:, None], hidden[:, :-1]], axis=1), tokens)
+
+
+def logprobs(model: TextModel, hidden: mx.array, tokens: mx.array) -> mx.array:
+    """Log-probability float32 [B, N] of tokens int32 [B, N] where the final hidden states are [B, N, H]."""
+    states, parts = hidden.flatten(0, 1), []
+    for start in range(0, len(states), SCORE_TILE):
+        span = slice(start, start + SCORE_TILE)
+        logits = model.head(states[span])
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        part = mx.take_along_axis(shifted, tokens.reshape(-1, 1)[span], axis=-1)[:, 0] - mx.log(_sum(mx.exp(shifted)))
+        mx.eval(part)  # keeps no more than one tile of logits
+        parts.append(part)
+    return mx.concatenate(parts).reshape(tokens.shape)
 
 
 def statistics(

@@ -13,7 +13,7 @@ from mlx_diffgemma.backends import PREFILL_CHUNK, Denoised, check_tokens
 from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import TextModel
 from mlx_diffgemma.backends.torch.quantized import quantize_modules
-from mlx_diffgemma.backends.torch.step import step
+from mlx_diffgemma.backends.torch.step import logprobs, score, step
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.errors import BackendError, InputError
 from mlx_diffgemma.noise import bits
@@ -83,6 +83,15 @@ class TorchBackend:
         return None
 
     @torch.inference_mode()
+    def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
+        check_tokens(tokens, self.config)
+        unconditioned = not len(cache)
+        chunks = self._to_device(tokens).split(PREFILL_CHUNK, dim=1)
+        logprobs = self._to_numpy(torch.cat([score(self.model, chunk, cache) for chunk in chunks], dim=1))
+        logprobs[:, :unconditioned] = np.nan
+        return logprobs
+
+    @torch.inference_mode()
     def denoise(
         self,
         canvas: NDArray[np.int32],
@@ -109,6 +118,12 @@ class TorchBackend:
         )
         arrays = self._to_numpy(argmax.int()), self._to_numpy(sampled.int()), self._to_numpy(entropy)
         return Denoised(*arrays, soft_embeddings)
+
+    @torch.inference_mode()
+    def score_canvas(self, canvas: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
+        check_tokens(canvas, self.config)
+        tokens = self._to_device(canvas)
+        return self._to_numpy(logprobs(self.model, self.model.denoise(tokens, cache), tokens))
 
     @torch.inference_mode()
     def logits(

@@ -4,6 +4,8 @@ Tensors are concatenated, never written in place: a canvas sees what is committe
 the cache in training, and the copy is small beside the weights that a step reads anyway.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,13 @@ class LayerCache:
             return keys, values
         return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
 
+    def repeated(self, rows: int) -> "LayerCache":
+        """A copy for ``rows`` rows of one row; nothing is written in place, so that the arrays are shared."""
+        other = LayerCache(self.window)
+        if self.keys is not None and self.values is not None:
+            other.keys, other.values = self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
+        return other
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`extended`, and keep the new positions too."""
         keys, values = self.extended(keys, values)
@@ -34,12 +43,23 @@ class LayerCache:
 
 
 class Cache:
-    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions."""
+    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions.
+
+    ``last`` is the final hidden state [B, H] of the last of them, which says what token comes next; None where there is none.
+    """
 
     def __init__(self, config: ModelConfig, batch_size: int = 1) -> None:
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None) for layer in config.layers]
         self.batch_size = batch_size
         self.length = 0
+        self.last: Tensor | None = None
 
     def __len__(self) -> int:
         return self.length
+
+    def repeated(self, rows: int) -> "Cache":
+        """A cache of ``rows`` rows that begins as this one of one row and goes on for itself."""
+        other = copy.copy(self)
+        other.layers, other.batch_size = [layer.repeated(rows) for layer in self.layers], rows
+        other.last = None if self.last is None else self.last.expand(rows, -1)
+        return other

@@ -213,6 +213,7 @@ class TextModel(nn.Module):
         """Hidden states [B, N, H] of tokens [B, N], each of which sees those before it; appends them to the cache."""
         x = self._run(self.embed(tokens), cache, trace, causal=True)
         cache.length += tokens.shape[1]
+        cache.last = x[:, -1].clone()  # a slice would keep the whole alive
         return x
 
     def denoise(

@@ -4,6 +4,7 @@ It defines what is right, and is written for nothing else: it holds whole logits
 graph is theirs, and its statistics share no code with the other backends.
 """
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -60,9 +61,16 @@ class ReferenceCache:
         from transformers import DynamicCache
 
         self.past_key_values = DynamicCache(config=config)
+        self.last: Tensor | None = None  # the final hidden state [B, 1, H] of the last position
 
     def __len__(self) -> int:
         return int(self.past_key_values.get_seq_length())
+
+    def repeated(self, rows: int) -> "ReferenceCache":
+        other = copy.deepcopy(self)
+        other.past_key_values.batch_repeat_interleave(rows)
+        other.last = None if self.last is None else self.last.expand(rows, -1, -1)
+        return other
 
 
 class ReferenceBackend:
@@ -83,6 +91,18 @@ class ReferenceBackend:
         return self._head(hidden[:, -1]).numpy() if logits else None
 
     @torch.inference_mode()
+    def score(self, tokens: NDArray[np.int32], cache: ReferenceCache) -> NDArray[np.float32]:
+        before = cache.last
+        hidden = self._encode(tokens, cache)
+        before = torch.full_like(hidden[:, :1], torch.nan) if before is None else before
+        logits = self._head(torch.cat([before, hidden[:, :-1]], dim=1))
+        return _logprobs(logits, tokens)
+
+    @torch.inference_mode()
+    def score_canvas(self, canvas: NDArray[np.int32], cache: ReferenceCache) -> NDArray[np.float32]:
+        return _logprobs(self._decode(canvas, cache, None), canvas)
+
+    @torch.inference_mode()
     def denoise(
         self,
         canvas: NDArray[np.int32],
@@ -95,9 +115,10 @@ class ReferenceBackend:
     ) -> Denoised:
         scores = self._decode(canvas, cache, self_conditioning) / temperature  # [B, L, V]
         if frozen is not None:
-            known = np.flatnonzero(frozen >= 0)
-            scores[:, known] = -torch.inf
-            scores[:, known, frozen[known]] = 0.0
+            template = np.broadcast_to(frozen, canvas.shape)
+            row, position = np.nonzero(template >= 0)
+            scores[row, position] = -torch.inf
+            scores[row, position, template[row, position]] = 0.0
         sampled = scores.argmax(dim=-1).numpy()
         if noise_keys is not None:
             tokens = np.arange(self.config.vocab_size, dtype=np.uint32)
@@ -139,6 +160,7 @@ class ReferenceBackend:
     def _encode(self, tokens: NDArray[np.int32], cache: ReferenceCache) -> Tensor:
         check_tokens(tokens, self.config)
         hidden: Tensor = self.model.model.encoder(input_ids=_ids(tokens), past_key_values=cache.past_key_values).last_hidden_state
+        cache.last = hidden[:, -1:]
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -160,6 +182,12 @@ class ReferenceBackend:
 
 def _ids(tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64))
+
+
+def _logprobs(logits: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Log-probability [B, N] of tokens [B, N] under logits [B, N, V]."""
+    logprobs: NDArray[np.float32] = logits.log_softmax(dim=-1).gather(2, _ids(tokens)[..., None])[..., 0].numpy()
+    return logprobs
 
 
 def _copy(state: Tensor) -> NDArray[np.float32]:

@@ -1,5 +1,7 @@
 """The hot step: a canvas in, three small arrays and the next step's self-conditioning out; nothing large outlives it.
 
+Scoring, which lies beside it, is the same head on given tokens.
+
 On a CPU the statistics go over the logits in tiles that fit its cache; on a GPU in one piece, without a word from the device
 in between.
 """
@@ -9,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from mlx_diffgemma.backends import SCORE_TILE
 from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import TextModel
 
@@ -37,7 +40,7 @@ def step(
         canvas: int64 [B, L].
         noise: int32 [B, L], the bits of :func:`mlx_diffgemma.noise.bits` at each position, or None to draw nothing.
         soft_embeddings: [B, L, H] from the previous step, or None.
-        frozen: int64 [L], -1 where the model may write, or None.
+        frozen: int64 [L] or [B, L], -1 where the model may write, or None.
 
     Returns:
         argmax, sampled (int64 [B, L]), entropy (float32 [B, L], nats), and the next step's soft embeddings [B, L, H].
@@ -51,8 +54,29 @@ def step(
         known, token = frozen >= 0, frozen.clamp(min=0)
         argmax, sampled = torch.where(known, token, argmax), torch.where(known, token, sampled)
         entropy = entropy.masked_fill(known, 0.0)
-        soft = torch.where(known[:, None], model.embed(token), soft)
+        soft = torch.where(known[..., None], model.embed(token), soft)
     return argmax, sampled, entropy, soft
+
+
+def score(model: TextModel, tokens: Tensor, cache: Cache) -> Tensor:
+    """Encode tokens int64 [B, N], N at least 1; the log-probability of each after all before it, float32 [B, N].
+
+    That of the first token after an empty cache says nothing.
+    """
+    before = cache.last
+    hidden = model.encode(tokens, cache)
+    before = torch.zeros_like(hidden[:, 0]) if before is None else before
+    return logprobs(model, torch.cat([before[:, None], hidden[:, :-1]], dim=1), tokens)
+
+
+def logprobs(model: TextModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability float32 [B, N] of tokens int64 [B, N] where the final hidden states are [B, N, H]."""
+    states, parts = hidden.flatten(0, 1), []
+    for start in range(0, len(states), SCORE_TILE):
+        span = slice(start, start + SCORE_TILE)
+        logits = model.head(states[span])
+        parts.append(logits.gather(1, tokens.reshape(-1, 1)[span])[:, 0] - logits.logsumexp(dim=-1))
+    return torch.cat(parts).view(tokens.shape)
 
 
 def statistics(

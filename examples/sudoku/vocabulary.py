@@ -1,10 +1,11 @@
-"""The tokenizer files of the tiny Sudoku checkpoint: 16 tokens, and a chat template without roles.
+"""The tokenizer files of the tiny Sudoku checkpoint: 16 tokens, one a character, and a chat template without roles.
 
 A chat of one user turn renders to ``<bos><|turn>CELLS<turn|><|turn>``, one token a cell. White space does not count and ``0``
 and ``_`` read as ``.``, so that a grid may be typed in rows.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mlx_diffgemma.sudoku import to_tokens
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>")
 PAD, EOS, BOS, UNKNOWN, TURN, END_OF_TURN = range(len(SPECIAL))
 VOCABULARY = (*SPECIAL, ".", *"123456789")
+_NORMALIZER = normalizers.Sequence([normalizers.Replace(Regex(r"\s"), ""), normalizers.Replace(Regex("[0_]"), ".")])
 
 _CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -43,11 +45,19 @@ def prompt_tokens(puzzles: NDArray[np.int8]) -> NDArray[np.int32]:
     return np.concatenate([np.broadcast_to(before, shape), to_tokens(puzzles), np.broadcast_to(after, shape)], axis=1)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``, which exists."""
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+def write_tokenizer(
+    folder: Path, vocabulary: Sequence[str] = VOCABULARY, normalizer: normalizers.Normalizer | None = _NORMALIZER
+) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``, which exists.
+
+    Args:
+        vocabulary: :data:`SPECIAL`, then single characters.
+        normalizer: what a text goes through before it is split into characters; None for nothing.
+    """
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s"), ""), normalizers.Replace(Regex("[0_]"), ".")])
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # without one, decoding puts spaces between tokens
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -17,7 +17,7 @@ from mlx_diffgemma.cli.table import table
 @source_options
 @click.option("--prompt-length", type=int, default=512, show_default=True, metavar="N", help="Random prompt tokens.")
 @click.option(
-    "--repeats", type=int, default=5, show_default=True, metavar="N", help="Measurements of the prompt and of the step."
+    "--repeats", type=int, default=5, show_default=True, metavar="N", help="Measurements of the prompt, the step and the token."
 )
 @click.option("--warmup", type=int, default=1, show_default=True, metavar="N", help="Runs before those that count.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens and the sampler.")
@@ -37,11 +37,15 @@ def bench(
     as_json: bool,
     **sampler: Any,
 ) -> None:
-    """Measure MODEL on a random prompt: the prompt itself, one denoising step after it, and a text of --max-new-tokens.
+    """Measure MODEL on a random prompt: the prompt itself, one denoising step after it, one token of the causal mode, and a text
+    of --max-new-tokens.
 
-    Of the prompt and of the step, the median and the range of --repeats runs are shown. The text is written once; the options
-    of the sampler (--max-new-tokens to --greedy) default to MODEL's own, and no token ends it. After a random prompt a trained
-    model takes more steps than after a real one, so the tokens per second of real texts are higher.
+    Of all but the text, the median and the range of --repeats runs are shown. The text is written once; the options of the
+    sampler (--max-new-tokens to --greedy) default to MODEL's own, and no token ends it. After a random prompt a trained model
+    takes more steps than after a real one, so the tokens per second of real texts are higher.
+
+    The last table tells which mode of `generate` is faster here. That depends on how many tokens a denoising step settles, which
+    the summary of `generate` shows for a text of yours.
     """
     checkpoint = Checkpoint.open(model, revision)
     config = checkpoint.generation.replace(**sampler)
@@ -54,6 +58,7 @@ def _as_json(model: str, result: benchmark.Benchmark) -> dict[str, Any]:
     content = {"model": model, **dataclasses.asdict(result)}
     for name in ("tokens_per_forward", "tokens_per_second"):
         content["text"][name] = getattr(result.text, name)
+    content["choices"] = [{**choice._asdict(), "mode": choice.mode} for choice in result.choices()]
     return content
 
 
@@ -64,6 +69,8 @@ def _as_text(model: str, result: benchmark.Benchmark) -> str:
         ("", "median", "least", "most"),
         (f"prompt of {result.prompt_length}, tokens/s", *_figures(result.prefill, ".1f")),
         (f"step of a canvas of {result.canvas_length}, s", *_figures(result.step, ".4f")),
+        ("commit of that canvas, s", *_figures(result.commit, ".4f")),
+        ("causal token, s", *_figures(result.token, ".4f")),
     ]
     written = [
         (f"text of {text.new_tokens} tokens, tokens/s", f"{text.tokens_per_second:.1f}"),
@@ -71,6 +78,10 @@ def _as_text(model: str, result: benchmark.Benchmark) -> str:
         ("denoising steps per block", f"{sum(steps) / len(steps):.1f}"),
         ("peak memory of the process, bytes", _bytes(result.peak_rss)),
         ("peak memory of the framework, bytes", _bytes(result.peak_device_memory)),
+    ]
+    choices = [
+        ("tokens per forward", "diffusion, tokens/s", "causal, tokens/s", "faster"),
+        *((f"{each.tokens_per_forward}", f"{each.diffusion:.1f}", f"{each.causal:.1f}", each.mode) for each in result.choices()),
     ]
     origin = [
         ("backend", f"{result.backend} on {result.device}, {result.dtype}"),
@@ -81,7 +92,7 @@ def _as_text(model: str, result: benchmark.Benchmark) -> str:
         ("date", machine.date),
         ("seed", f"{result.seed}, {result.repeats} repeats"),
     ]
-    return "\n\n".join([f"{model}\n{table(origin, left=2)}", table(measured), table(written)])
+    return "\n\n".join([f"{model}\n{table(origin, left=2)}", table(measured), table(written), table(choices)])
 
 
 def _figures(spread: benchmark.Spread, form: str) -> tuple[str, str, str]:

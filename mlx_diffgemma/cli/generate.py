@@ -11,16 +11,17 @@ from typing import Any
 import click
 
 from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.causal import Token
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.cli.live import LiveView, live_console, printable
-from mlx_diffgemma.cli.options import backend_options, sampler_options, source_options
+from mlx_diffgemma.cli.live import Growing, LiveView, live_console, printable
+from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.pipeline import DiffusionGemma, Generation
-from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.pipeline import MODES, DiffusionGemma, Event, Generation, sampling_options
+from mlx_diffgemma.sampler import Block
 from mlx_diffgemma.tokenizer import Tokenizer
 
 #: Is shown every event of a generation, as it happens.
-View = Callable[[Draft | Block | Generation], None]
+View = Callable[[Event], None]
 
 
 @click.command(short_help="Write a text after a prompt.")
@@ -30,7 +31,15 @@ View = Callable[[Draft | Block | Generation], None]
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same text.  [default: a fresh one]")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default=MODES[0],
+    show_default=True,
+    help="Write a canvas at a time, or one token at a time.",
+)
 @sampler_options
+@causal_options
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--no-live", is_flag=True, help="On a terminal, show finished blocks only, not the canvas being denoised.")
@@ -43,6 +52,7 @@ def generate(
     raw: bool,
     system: str | None,
     seed: int | None,
+    mode: str,
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -53,16 +63,17 @@ def generate(
 ) -> None:
     """Write a text after PROMPT, which is read from standard input if it is - or left out.
 
-    The text goes to standard output, a block as soon as it is finished. The options of the sampler (--max-new-tokens to
-    --greedy) default to what MODEL's generation_config.json says; `mlx-diffgemma info MODEL` shows it.
+    The text goes to standard output, a block or a token as soon as it is finished. The options of the sampler (--max-new-tokens
+    to --greedy) default to what MODEL's generation_config.json says; `mlx-diffgemma info MODEL` shows it. In the causal mode only
+    --max-new-tokens, --greedy, --temperature, --top-k and --top-p have a meaning, and others are refused.
 
     A file's or standard input's last line break is not part of the prompt.
     """
     text = read_prompt(prompt, file)
     checkpoint = Checkpoint.open(model, revision)
-    config = checkpoint.generation.replace(**sampler)  # a bad value is told before the weights are read
+    config = sampling_options(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
-    events = loaded.stream(text, raw=raw, system=system, seed=seed, **sampler)
+    events = loaded.stream(text, mode=mode, raw=raw, system=system, seed=seed, **sampler)
     view: View = print_json if as_json else TextView(loaded.tokenizer, config.max_new_tokens, summary=not quiet)
     console = None if as_json or no_live else live_console()
     with LiveView(console, loaded.tokenizer.decode, config.max_new_tokens) if console else nullcontext(view) as show:
@@ -74,22 +85,39 @@ def generate(
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
     """The prompt from the one place it was given in; raises InputError where it is in none or two, or no text."""
+    return read_text(argument, file, "prompt")[0]
+
+
+def read_text(argument: str | None, file: Path | None, what: str) -> tuple[str, str]:
+    """The text from the one place it was given in, without the last line break of a file or of standard input, and what to print
+    behind it: that line break if there was one; raises InputError where it is in none or two, or no text."""
     if argument is not None and file is not None:
-        raise InputError("a prompt was given both as an argument and as --file; leave out one")
+        raise InputError(f"a {what} was given both as an argument and as --file; leave out one")
+    from_argument = argument is not None and argument != "-"
     if file is not None:
         try:
-            text = _decode(file.read_bytes(), str(file)).removesuffix("\n")
+            text = _decode(file.read_bytes(), str(file))
         except OSError as unreadable:
             raise InputError(f"--file {file}: cannot be read: {unreadable.strerror}") from None
-    elif argument is not None and argument != "-":
-        text = _decode(argument.encode(errors="surrogateescape"), "the prompt")
+    elif argument is not None and from_argument:
+        text = _decode(argument.encode(errors="surrogateescape"), f"the {what}")
     else:
         if sys.stdin is None or (argument is None and sys.stdin.isatty()):
-            raise InputError("there is no prompt; give it as an argument, with --file, or on standard input")
-        text = _decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+            raise InputError(f"there is no {what}; give it as an argument, with --file, or on standard input")
+        text = _decode(sys.stdin.buffer.read(), "standard input")
+    ending = "\n" if from_argument or text.endswith("\n") else ""
+    text = text if from_argument else text.removesuffix("\n")
     if not text.strip():
-        raise InputError("the prompt is empty")
-    return text
+        raise InputError(f"the {what} is empty")
+    return text, ending
+
+
+def print_text(text: str, ending: str) -> None:
+    """Print a text and what ends it; on a terminal, as lines of which none is obeyed."""
+    if sys.stdout.isatty():
+        click.echo(printable(text))
+    else:
+        click.echo(text + ending, nl=False, color=True)
 
 
 def _decode(content: bytes, place: str) -> str:
@@ -100,28 +128,28 @@ def _decode(content: bytes, place: str) -> str:
 
 
 class TextView:
-    """Prints the text as its blocks are committed, and at the end a line of statistics on standard error."""
+    """Prints the text as its blocks are committed or its tokens come, and at the end a line of statistics on standard error."""
 
     def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, *, summary: bool) -> None:
-        self.tokenizer, self.max_new_tokens, self.summary = tokenizer, max_new_tokens, summary
-        self.tokens: list[int] = []
-        self.printed = ""
+        self.room, self.summary = max_new_tokens, summary
+        self.growing = Growing(tokenizer.decode)
+        self.printed = 0
 
-    def __call__(self, event: Draft | Block | Generation) -> None:
-        if isinstance(event, Block):
-            self.tokens = [*self.tokens, *event.tokens[0].tolist()][: self.max_new_tokens]
-            self._print_up_to(self.tokenizer.decode(self.tokens, final=False))
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Block | Token):
+            tokens = event.tokens[0].tolist()[: self.room]
+            self.room -= len(tokens)
+            self._print(self.growing.add(tokens))
         elif isinstance(event, Generation):
-            self._print_up_to(event.text)
+            self._print(event.text[self.printed :])
             click.echo()
             if self.summary:
                 click.echo(summary_line(event), err=True)
 
-    def _print_up_to(self, text: str) -> None:
-        new = text.removeprefix(self.printed)
+    def _print(self, new: str) -> None:
         # A terminal would obey what a model writes; to a file it goes as it is, where click would strip escape sequences.
         click.echo(printable(new) if sys.stdout.isatty() else new, nl=False, color=True)
-        self.printed = text
+        self.printed += len(new)
 
 
 def summary_line(generation: Generation) -> str:
@@ -129,15 +157,19 @@ def summary_line(generation: Generation) -> str:
     statistics = generation.statistics
     seconds = statistics.encode_seconds + statistics.denoise_seconds
     steps = statistics.denoising_steps
+    by_block = (
+        f"; denoising steps by block: {', '.join(map(str, steps))} ({statistics.tokens_per_forward:.1f} tokens per step)"
+        if steps
+        else ", one at a time"
+    )
     return (
         f"{statistics.prompt_tokens} prompt tokens, {statistics.new_tokens} new tokens in {seconds:.2f} s "
-        f"({statistics.tokens_per_second:.1f} per second); denoising steps by block: {', '.join(map(str, steps))} "
-        f"({statistics.tokens_per_forward:.1f} tokens per step); finish reason: {generation.finish_reason}; "
+        f"({statistics.tokens_per_second:.1f} per second){by_block}; finish reason: {generation.finish_reason}; "
         f"seed: {generation.seed}"
     )
 
 
-def print_json(event: Draft | Block | Generation) -> None:
+def print_json(event: Event) -> None:
     """Prints the finished generation as one JSON object."""
     if isinstance(event, Generation):
         content = dataclasses.asdict(event)

@@ -17,7 +17,8 @@ from rich.cells import chop_cells
 from rich.console import Console
 from rich.text import Text
 
-from mlx_diffgemma.pipeline import Generation
+from mlx_diffgemma.causal import Token
+from mlx_diffgemma.pipeline import Event
 from mlx_diffgemma.sampler import Block, Draft
 
 #: State of a canvas position, and the style it is shown in. "Taken back" also differs where there is no colour.
@@ -145,6 +146,26 @@ def pieces(tokens: Sequence[int], decode: Decode) -> Iterator[tuple[slice, str]]
             start = end
 
 
+class Growing:
+    """The text of tokens that come one after the other. Only the last, incomplete character is decoded again."""
+
+    def __init__(self, decode: Decode) -> None:
+        self.decode = decode
+        self._pending: list[int] = []  # since the last complete character
+        self._told = 0  # characters of theirs
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """What the text has grown by; an incomplete character at its end is held back."""
+        self._pending += tokens
+        text = self.decode(self._pending, final=False)
+        new = text[self._told :]
+        if self.decode(self._pending) == text:
+            self._pending, self._told = [], 0
+        else:
+            self._told = len(text)
+        return new
+
+
 class LiveView:
     """Shows the events of one generation; a context manager around them.
 
@@ -162,7 +183,9 @@ class LiveView:
         self._tokens: list[int] = []
         self._text = ""  # of these tokens
         self._printed = 0  # characters of it that are printed for good
+        self._growing = Growing(decode)
         self._steps = 0
+        self._seconds = 0.0  # of all tokens but the first, whose pass is the prompt's
         self._status = Text()
 
     def __enter__(self) -> Self:
@@ -172,13 +195,18 @@ class LiveView:
         rest = self._text[self._printed :]
         self._region.print(printable(rest) + "\n" if rest else "")
 
-    def __call__(self, event: Draft | Block | Generation) -> None:
+    def __call__(self, event: Event) -> None:
         if isinstance(event, Draft):
             self._steps += 1
             self._draw(self._canvas(event))
-        elif isinstance(event, Block):
-            self._tokens = [*self._tokens, *event.tokens[0].tolist()][: self.max_new_tokens]
-            self._text = self.decode(self._tokens, final=False)
+        elif isinstance(event, Block | Token):
+            new = event.tokens[0].tolist()[: self.max_new_tokens - len(self._tokens)]
+            self._tokens += new
+            self._text += self._growing.add(new)
+            if isinstance(event, Token):
+                self._seconds += event.seconds if event.index else 0.0
+                rate = f"  {event.index / self._seconds:.1f} per second" if self._seconds else ""
+                self._status = Text(f"{len(self._tokens)} tokens{rate}", STATUS_STYLE)
             end = self._text.rfind("\n") + 1
             self._region.print(printable(self._text[self._printed : end]))
             self._printed = end

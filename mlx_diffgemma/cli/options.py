@@ -31,8 +31,7 @@ _BACKEND = (
 )
 
 #: Fields of :class:`mlx_diffgemma.config.GenerationConfig`, which says what is allowed; None where not given.
-_SAMPLER = (
-    click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to write at most."),
+_DENOISING = (
     click.option("--max-denoising-steps", type=int, metavar="N", help="Denoising steps per canvas at most."),
     click.option("--t-min", type=float, metavar="T", help="Temperature that the last step approaches."),
     click.option("--t-max", type=float, metavar="T", help="Temperature of the first step."),
@@ -43,6 +42,17 @@ _SAMPLER = (
     click.option("--confidence-threshold", type=float, metavar="NATS", help="... and its mean entropy is below this."),
     click.option("--canvas-length", type=int, metavar="N", help="Tokens per canvas; fewer suit short answers."),
     click.option("--greedy", is_flag=True, default=None, help="Accept the most likely tokens instead of sampled ones."),
+)
+_SAMPLER = (click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to write at most."), *_DENOISING)
+
+
+#: Fields of :class:`mlx_diffgemma.config.CausalConfig` that the sampler's options do not have.
+_CAUSAL = (
+    click.option("--temperature", type=float, metavar="T", help="Divides the logits; causal mode only.  [default: 1]"),
+    click.option("--top-k", type=int, metavar="K", help="Draw from the K most likely tokens; causal mode only."),
+    click.option(
+        "--top-p", type=float, metavar="P", help="Draw from the most likely tokens of this probability; causal mode only."
+    ),
 )
 
 
@@ -65,3 +75,13 @@ def backend_options(function: Function) -> Function:
 def sampler_options(function: Function) -> Function:
     """The sampler's options by the names the reference gives them. Those not given are None: the checkpoint's then hold."""
     return _apply(_SAMPLER, function)
+
+
+def denoising_options(function: Function) -> Function:
+    """As :func:`sampler_options`, but for ``--max-new-tokens``: where a text is given, it says how many there are."""
+    return _apply(_DENOISING, function)
+
+
+def causal_options(function: Function) -> Function:
+    """``--temperature``, ``--top-k`` and ``--top-p``; None where not given."""
+    return _apply(_CAUSAL, function)

@@ -1,0 +1,128 @@
+"""The tiny DiffusionGemma: its configuration in the hub's layout, fresh weights, and the checkpoint's files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from vocabulary import BOS, END_OF_TURN, EOS, PAD
+
+from mlx_diffgemma.backends.torch.model import TextModel
+from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
+
+
+def hub_config(
+    vocab_size: int, canvas_length: int, sliding_window: int, *, hidden_size: int = 64, layers: str = "SSSF"
+) -> dict[str, Any]:
+    """``config.json`` of a tiny model whose special tokens are those of :mod:`vocabulary`, laid out as on the hub.
+
+    Args:
+        layers: one letter a layer, S for sliding and F for full attention; `transformers` needs the last to be full.
+    """
+    text = {
+        "model_type": "diffusion_gemma_text",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": BOS,
+        "dtype": "bfloat16",
+        "eos_token_id": EOS,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 32,
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * hidden_size,
+        "layer_types": [SLIDING if letter == "S" else FULL for letter in layers],
+        "max_position_embeddings": 1024,
+        "moe_intermediate_size": hidden_size,
+        "num_attention_heads": 4,
+        "num_experts": 4,
+        "num_global_key_value_heads": 2,
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": 4,
+        "pad_token_id": PAD,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            FULL: {"partial_rotary_factor": 0.5, "rope_theta": 1000.0, "rope_type": "proportional"},
+            SLIDING: {"rope_theta": 100.0, "rope_type": "default"},
+        },
+        "sliding_window": sliding_window,
+        "tie_word_embeddings": True,
+        "top_k_experts": 2,
+        "use_bidirectional_attention": "vision",
+        "vocab_size": vocab_size,
+    }
+    return {
+        "architectures": ["DiffusionGemmaForBlockDiffusion"],
+        "canvas_length": canvas_length,
+        "dtype": "bfloat16",
+        "eos_token_id": [EOS, END_OF_TURN],
+        "initializer_range": 0.02,
+        "model_type": "diffusion_gemma",
+        "text_config": text,
+        "tie_word_embeddings": True,
+        "vision_config": _VISION,
+    }
+
+
+#: `transformers` builds a vision tower in any case: the smallest there is.
+_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "position_embedding_size": 16,
+    "pooling_kernel_size": 1,
+    "patch_size": 4,
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+}
+
+
+def new_model(config: ModelConfig, seed: int) -> TextModel:
+    """A model of random weights, such that embeddings, logits and attention scores all begin near a variance of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    model = TextModel(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("router.proj.weight"):
+                weight.normal_(generator=generator)  # the router itself divides by the root of its input's size
+            elif weight.ndim > 1:
+                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.fill_(weight.shape[0] ** -0.25)  # attention has no other scale
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """For an optimizer: matrices, which decay, and norms and scales, which do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [weight for weight in parameters if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in parameters if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def stored_name(name: str) -> str:
+    """The hub's name of one of the graph's tensors: the inverse of :func:`mlx_diffgemma.checkpoint.graph_name`."""
+    if name.endswith("encoder_layer_scalar"):
+        return "model.encoder.language_model." + name.replace("encoder_layer_scalar", "layer_scalar")
+    if ".experts." in name:
+        name = name.removesuffix(".weight")
+    return f"model.decoder.{name}"
+
+
+def write_checkpoint(folder: Path, model: TextModel, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """Write weights, as BF16, and configurations in the hub's layout: a whole checkpoint but for the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {stored_name(name): weight.detach().to("cpu", torch.bfloat16) for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

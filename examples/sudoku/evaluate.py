@@ -1,0 +1,211 @@
+"""How well the tiny Sudoku model solves puzzles that it has never seen, on every backend, and what it does on the way.
+
+    python examples/sudoku/evaluate.py [--checkpoint sudoku] [--backends mlx,torch] [--count 200] [--json FILE]
+
+For each range of clues: the solve rate, the denoising steps, and the tokens that one forward pass makes; whether the backends
+wrote the same tokens in the same steps; how many cells were accepted with one token and committed with another; the model
+begun from a solution with wrong cells, and with the clues frozen inside the canvas; and the same weights as a causal language
+model, one token at a time.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from puzzles import Grids, make_puzzles
+from rich.console import Console
+from rich.table import Table
+from solving import Solved, canvas_tokens, solve
+from vocabulary import prompt_tokens
+
+from mlx_diffgemma.backends import Backend, load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.sampler import FREE
+from mlx_diffgemma.sudoku import fresh_puzzle, to_tokens
+
+#: Puzzles that are solved one by one, as a frozen template holds for a whole batch.
+SINGLE = 50
+
+#: Cells of the solution that are replaced by wrong digits for a warm start.
+WRONG_CELLS = 4
+
+
+def diffusion(result: Solved) -> dict[str, float]:
+    """Rates and means of one batch."""
+    return {
+        "solve_rate": float(result.solved.mean()),
+        "denoising_steps": float(result.steps.mean()),
+        "tokens_per_forward": float(result.new_tokens.sum() / result.steps.sum()),
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def self_correction(result: Solved, puzzles: Grids, solutions: Grids) -> dict[str, int]:
+    """Empty cells that the sampler accepted with one token and committed with another, and how many of these ended right.
+
+    The token that a step accepts is in the canvas of the next. ``wrong_when_accepted`` counts the cells that were at some
+    step accepted with a wrong token, whatever became of them.
+    """
+    cells = puzzles.shape[1]
+    empty, right, final = puzzles == 0, to_tokens(solutions), result.tokens[:, :cells]
+    changed, wrong = np.zeros(empty.shape, bool), np.zeros(empty.shape, bool)
+    for draft, following in zip(result.drafts, result.drafts[1:], strict=False):
+        accepted = draft.accepted[:, :cells] & draft.active[:, None] & empty
+        token = following.canvas[:, :cells]
+        changed |= accepted & (token != final)
+        wrong |= accepted & (token != right)
+    return {
+        "empty_cells": int(empty.sum()),
+        "wrong_when_accepted": int(wrong.sum()),
+        "taken_back": int(changed.sum()),
+        "taken_back_and_right": int((changed & (final == right)).sum()),
+    }
+
+
+def warm_start(backend: Backend, puzzles: Grids, solutions: Grids, config: GenerationConfig, seed: int) -> dict[str, float]:
+    """Begin from the solution with :data:`WRONG_CELLS` of its empty cells wrong."""
+    rng = np.random.default_rng(seed)
+    size = isqrt(puzzles.shape[1])
+    draft = solutions.copy()
+    for row, puzzle in zip(draft, puzzles, strict=True):
+        empty = np.flatnonzero(puzzle == 0)
+        cells = rng.choice(empty, min(WRONG_CELLS, len(empty)), replace=False)
+        row[cells] = (row[cells] - 1 + rng.integers(1, size, len(cells))) % size + 1
+    return diffusion(solve(backend, puzzles, solutions, config, seed=seed, canvas=canvas_tokens(draft)))
+
+
+def frozen_clues(backend: Backend, puzzles: Grids, solutions: Grids, config: GenerationConfig, seed: int) -> dict[str, float]:
+    """The first :data:`SINGLE` puzzles with their clues frozen in the canvas, and the same puzzles without."""
+    solved, steps = [], []
+    puzzles, solutions = puzzles[:SINGLE], solutions[:SINGLE]
+    for index in range(len(puzzles)):
+        row = slice(index, index + 1)
+        template = np.where(puzzles[index] > 0, to_tokens(puzzles[index]), FREE).astype(np.int32)
+        result = solve(backend, puzzles[row], solutions[row], config, seed=seed + index, frozen=template)
+        solved.append(bool(result.solved[0]))
+        steps.append(int(result.steps[0]))
+    free = solve(backend, puzzles, solutions, config, seed=seed)
+    return {
+        "puzzles": len(puzzles),
+        "solve_rate": float(np.mean(solved)),
+        "denoising_steps": float(np.mean(steps)),
+        "solve_rate_unfrozen": float(free.solved.mean()),
+        "denoising_steps_unfrozen": float(free.steps.mean()),
+    }
+
+
+def causal(backend: Backend, puzzles: Grids, solutions: Grids) -> dict[str, float]:
+    """The weights as a causal language model: nats a token of the true continuation, up to the end of the turn, and the solve
+    rate of the likeliest token at a time."""
+    cells = puzzles.shape[1]
+    prompt, answer = prompt_tokens(puzzles), canvas_tokens(solutions)[:, : cells + 1]
+    logits = backend.logits(np.concatenate([prompt, answer[:, :-1]], axis=1), backend.new_cache(len(prompt)), causal=True)
+    logits = logits[:, -answer.shape[1] :].astype(np.float64)
+    log_sums = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    loss = log_sums - np.take_along_axis(logits, answer[..., None].astype(np.int64), axis=-1)[..., 0]
+
+    cache, token, right = backend.new_cache(len(prompt)), prompt, np.ones(len(prompt), bool)
+    for position in range(cells):
+        scores = backend.encode(token, cache, logits=True)
+        assert scores is not None
+        token = scores.argmax(axis=-1).astype(np.int32)[:, None]
+        right &= token[:, 0] == answer[:, position]
+    return {"loss": float(loss.mean()), "solve_rate": float(right.mean()), "forward_passes": cells}
+
+
+def agreement(results: Iterable[Solved]) -> float:
+    """Share of the puzzles for which all results hold the same tokens after the same number of steps."""
+    first, *others = results
+    same = np.ones(len(first.tokens), bool)
+    for other in others:
+        same &= (other.tokens == first.tokens).all(axis=1) & (other.steps == first.steps)
+    return float(same.mean())
+
+
+def evaluate(
+    backends: Mapping[str, Backend], puzzles: Grids, solutions: Grids, config: GenerationConfig, *, seed: int
+) -> dict[str, Any]:
+    """All that is measured of one set of puzzles."""
+    results = {
+        name: solve(backend, puzzles, solutions, config, seed=seed, keep_drafts=True) for name, backend in backends.items()
+    }
+    name, backend = next(iter(backends.items()))
+    return {
+        "puzzles": len(puzzles),
+        "diffusion": {name: diffusion(result) for name, result in results.items()},
+        "agreement": agreement(results.values()),
+        "self_correction": self_correction(results[name], puzzles, solutions),
+        "warm_start": warm_start(backend, puzzles, solutions, config, seed),
+        "frozen_clues": frozen_clues(backend, puzzles, solutions, config, seed),
+        "causal": causal(backend, puzzles, solutions),
+    }
+
+
+def tables(report: Mapping[str, Any]) -> Iterable[Table]:
+    """The report for a terminal; what is measured on one backend only is of the first."""
+    solving = Table("clues", "backend", "solved", "steps", "tokens per forward", "puzzles/s", title="Diffusion")
+    modes = Table(
+        "clues", "same tokens", "taken back", "of these right", "warm start", "frozen clues", "causal loss", "causal solved"
+    )  # fmt: skip
+    for clues, found in report["clues"].items():
+        for name, of in found["diffusion"].items():
+            rates = f"{of['solve_rate']:.1%}", f"{of['denoising_steps']:.1f}", f"{of['tokens_per_forward']:.1f}"
+            solving.add_row(clues, name, *rates, f"{found['puzzles'] / of['seconds']:.0f}")
+        correction, warm, frozen = found["self_correction"], found["warm_start"], found["frozen_clues"]
+        modes.add_row(
+            clues,
+            f"{found['agreement']:.1%}",
+            f"{correction['taken_back']} of {correction['empty_cells']}",
+            str(correction["taken_back_and_right"]),
+            f"{warm['solve_rate']:.1%} in {warm['denoising_steps']:.1f}",
+            f"{frozen['solve_rate']:.0%} in {frozen['denoising_steps']:.1f} (free {frozen['denoising_steps_unfrozen']:.1f})",
+            f"{found['causal']['loss']:.3f}",
+            f"{found['causal']['solve_rate']:.1%}",
+        )
+    return solving, modes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--checkpoint", default="sudoku", help="a folder, or the name of a model in the package")
+    parser.add_argument("--backends", default="mlx,torch")
+    parser.add_argument("--dtype", help="float32 or bfloat16")
+    parser.add_argument("--count", type=int, default=200, help="puzzles for each range of clues")
+    parser.add_argument("--clues", default="10-12,14-18,20-26", help="ranges of clues")
+    parser.add_argument("--seed", type=int, default=2, help="of the puzzles and of the sampler; training looks at 0")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="another sampler option")
+    parser.add_argument("--json", type=Path, help="file to write the report to")
+    arguments = parser.parse_args()
+
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    size = isqrt(checkpoint.config.canvas_length)
+    options = {name: json.loads(value) for name, _, value in (option.partition("=") for option in arguments.set)}
+    config = checkpoint.generation.replace(**options)
+    backends = {name: load_backend(checkpoint, name, dtype=arguments.dtype) for name in arguments.backends.split(",")}
+    report: dict[str, Any] = {
+        "checkpoint": str(arguments.checkpoint),
+        "backends": {name: f"{backend.device}, {backend.dtype}" for name, backend in backends.items()},
+        "sampler": {name: getattr(config, name) for name in _SAMPLER_OPTIONS},
+        "seed": arguments.seed,
+        "example": fresh_puzzle(size, size * size // 2, arguments.seed).clues.text(),
+        "clues": {},
+    }
+    for clues in arguments.clues.split(","):
+        low, _, high = clues.partition("-")
+        puzzles, solutions = make_puzzles(size, arguments.count, (int(low), int(high or low)), arguments.seed, held_out=True)
+        report["clues"][clues] = evaluate(backends, puzzles, solutions, config, seed=arguments.seed)
+    Console(width=140).print(*tables(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+_SAMPLER_OPTIONS = ("max_denoising_steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold")
+
+
+if __name__ == "__main__":
+    main()

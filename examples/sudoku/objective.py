@@ -1,0 +1,91 @@
+"""What the tiny model is trained on: the two losses of a batch, through the project's own PyTorch graph.
+
+Diffusion: t is uniform in (0, 1), and each token of the canvas is replaced with probability t by a uniform one. The model
+is to name the true token at every position, replaced or not; all count alike. In half of the batches it first makes a
+prediction without gradient, and sees that as its self-conditioning signal; in the others the signal is zero.
+
+Causal: the encoder pass predicts each next token of prompt and solution. The solution is appended to the cache only when the
+canvas has been denoised, so that the canvas sees no more than the prompt.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from puzzles import Grids, random_symmetry
+from solving import canvas_tokens
+from torch import Tensor
+from vocabulary import VOCABULARY, prompt_tokens
+
+from mlx_diffgemma.backends.torch.cache import Cache
+from mlx_diffgemma.backends.torch.model import TextModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids int64 on the model's device.
+
+    Attributes:
+        prompt: [B, N].
+        target: [B, L], the canvas as it should be.
+        noisy: [B, L], the canvas that the model sees.
+        self_conditioned: whether the model sees a first prediction of its own.
+    """
+
+    prompt: Tensor
+    target: Tensor
+    noisy: Tensor
+    self_conditioned: bool
+
+
+class Losses(NamedTuple):
+    """Mean cross-entropies, in nats a token."""
+
+    diffusion: Tensor
+    causal: Tensor
+
+
+def make_batch(puzzles: Grids, solutions: Grids, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
+    """Puzzles drawn from a pool [n, cells], in a random symmetric form, and their noisy canvases."""
+    chosen = rng.integers(len(puzzles), size=batch_size)
+    clues, answers = random_symmetry(rng, puzzles[chosen], solutions[chosen])
+    target = canvas_tokens(answers)
+    replaced = rng.random(target.shape) < rng.random((batch_size, 1))
+    return noisy_batch(prompt_tokens(clues), target, replaced, len(VOCABULARY), rng, device)
+
+
+def noisy_batch(
+    prompt: NDArray[np.int32],
+    target: NDArray[np.int32],
+    replaced: NDArray[np.bool_],
+    vocab_size: int,
+    rng: np.random.Generator,
+    device: str,
+) -> Batch:
+    """Prompts [B, N] and canvases [B, L], in which uniform tokens stand where ``replaced`` [B, L] says."""
+    noisy = np.where(replaced, rng.integers(vocab_size, size=target.shape), target)
+    prompts, targets, noisy = (torch.from_numpy(tokens.astype(np.int64)).to(device) for tokens in (prompt, target, noisy))
+    return Batch(prompts, targets, noisy, bool(rng.random() < 0.5))
+
+
+def losses(model: TextModel, batch: Batch) -> Losses:
+    """Both losses of a batch, with gradients to every parameter; the signal's probabilities have none."""
+    cache = Cache(model.config, len(batch.prompt))
+    prompt = model.encode(batch.prompt, cache)
+    signal = None
+    if batch.self_conditioned:
+        with torch.no_grad():
+            probabilities = model.head(model.denoise(batch.noisy, cache)).softmax(dim=-1)
+        signal = model.soft_embeddings(probabilities)
+    canvas = model.head(model.denoise(batch.noisy, cache, signal))
+    solution = model.encode(batch.target, cache)  # only now: the canvas must not see it
+    causal = model.head(torch.cat([prompt, solution], dim=1)[:, :-1])
+    following = torch.cat([batch.prompt, batch.target], dim=1)[:, 1:]
+    return Losses(_cross_entropy(canvas, batch.target), _cross_entropy(causal, following))
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())

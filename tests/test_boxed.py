@@ -1,0 +1,90 @@
+"""The model in the package: it solves puzzles that it has never seen, with the same tokens on both backends."""
+
+import importlib
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import BACKENDS
+
+from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.checkpoint import BOXED, Checkpoint, fetch
+from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.pipeline import load
+from mlx_diffgemma.sudoku import Grid, check, fresh_puzzle, is_held_out
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
+evaluation = importlib.import_module("evaluate")
+make_puzzles = importlib.import_module("puzzles").make_puzzles
+solving = importlib.import_module("solving")
+
+COUNT, LEAST = 20, 18
+
+
+@cache
+def solved(backend_name: str) -> Any:
+    """20 held-out puzzles with 14 to 26 clues."""
+    checkpoint = Checkpoint.open("sudoku")
+    backend = load_backend(checkpoint, backend_name, device="cpu", dtype="float32")
+    return solving.solve(backend, *held_out(), checkpoint.generation, keep_drafts=True)
+
+
+@cache
+def held_out() -> tuple[np.ndarray, np.ndarray]:
+    puzzles, solutions = make_puzzles(6, COUNT, (14, 26), seed=77, held_out=True)
+    assert is_held_out(puzzles).all()
+    return puzzles, solutions
+
+
+def test_it_solves_held_out_puzzles(backend_name: str) -> None:
+    result = solved(backend_name)
+    print(f"{backend_name}: {result.solved.sum()} of {COUNT} solved in {result.steps.mean():.1f} denoising steps")
+    assert result.solved.sum() >= LEAST
+    assert result.steps.mean() < result.new_tokens.mean() / 2, "it takes as many steps as one token at a time would"
+    assert (result.tokens[:, 36:] == [5, 0, 0, 0]).all(), "the end of the turn and the padding"
+
+
+def test_the_same_tokens_on_all_backends() -> None:
+    share = evaluation.agreement([solved(name) for name in BACKENDS])
+    print(f"{share:.0%} of the puzzles have the same tokens in the same number of steps")
+    assert share == 1
+
+
+def test_self_correction_adds_up() -> None:
+    found = evaluation.self_correction(solved(BACKENDS[0]), *held_out())
+    print(found)
+    assert found["empty_cells"] == (held_out()[0] == 0).sum()
+    assert found["taken_back_and_right"] <= found["taken_back"] <= found["empty_cells"]
+    # A cell that ended right and was once accepted wrong was taken back.
+    assert found["taken_back_and_right"] <= found["wrong_when_accepted"]
+
+
+def test_the_puzzle_as_text(backend_name: str) -> None:
+    model = load("sudoku", backend=backend_name, device="cpu", dtype="float32")
+    puzzle = fresh_puzzle(6, 20, seed=4)
+    answer = model.generate(puzzle.clues.text(), seed=1)
+    assert check(puzzle.clues, Grid.parse(answer.text)) == []
+    assert answer.finish_reason == "stop"
+    assert answer.statistics.new_tokens == 37
+    rows = "\n".join(puzzle.clues.text()[row : row + 6] for row in range(0, 36, 6))
+    assert model.generate(rows, seed=1).tokens == answer.tokens, "a grid typed in rows reads as another"
+
+
+@pytest.mark.parametrize("name", BOXED)
+def test_size(name: str) -> None:
+    nbytes = sum(file.stat().st_size for file in fetch(name).iterdir())
+    print(f"{name}: {nbytes / 1e6:.2f} MB")
+    assert nbytes < 4e6
+
+
+def test_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name alone is the package's model, wherever it is said; a path is a path."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        fetch("./sudoku")
+    (tmp_path / "sudoku").mkdir()
+    assert fetch("./sudoku").resolve() == (tmp_path / "sudoku").resolve()
+    assert (fetch("sudoku") / "model.safetensors").exists()
