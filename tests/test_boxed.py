@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BACKENDS
+from reference import Reference
 
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import BOXED, Checkpoint, fetch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
 evaluation = importlib.import_module("evaluate")
 make_puzzles = importlib.import_module("puzzles").make_puzzles
 solving = importlib.import_module("solving")
+vocabulary = importlib.import_module("vocabulary")
 
 COUNT, LEAST = 20, 18
 
@@ -51,6 +53,30 @@ def test_the_same_tokens_on_all_backends() -> None:
     share = evaluation.agreement([solved(name) for name in BACKENDS])
     print(f"{share:.0%} of the puzzles have the same tokens in the same number of steps")
     assert share == 1
+
+
+def test_transformers_writes_the_same() -> None:
+    checkpoint, rows = Checkpoint.open("sudoku"), 8
+    prompts = vocabulary.prompt_tokens(held_out()[0][:rows])
+    config = checkpoint.generation.replace(max_new_tokens=checkpoint.config.canvas_length)
+    expected = Reference(checkpoint.folder).generate(prompts, range(rows), config)
+    result = solved(BACKENDS[0])
+    same = (result.tokens[:rows] == expected.tokens).all(axis=1) & (result.steps[:rows] == expected.steps[0])
+    print(f"{same.sum()} of {rows} puzzles have the same tokens in the same number of steps")
+    assert same.all()
+
+
+def test_causal_mode(backend_name: str) -> None:
+    """Writing one token at a time is right just where each token of the solution is the likeliest after those before."""
+    puzzles, solutions = held_out()
+    backend = load_backend(Checkpoint.open("sudoku"), backend_name, device="cpu", dtype="float32")
+    found = evaluation.causal(backend, puzzles, solutions)
+    tokens = np.concatenate([vocabulary.prompt_tokens(puzzles), solving.canvas_tokens(solutions)], axis=1)
+    logits = backend.logits(tokens, backend.new_cache(COUNT), causal=True)
+    right = logits[:, 39:75].argmax(axis=-1) == tokens[:, 40:76]  # the 36 cells follow 40 tokens of prompt
+    print(f"{backend_name}: {found}, {right.mean():.1%} of the cells are the likeliest")
+    assert found["solve_rate"] == right.all(axis=1).mean()
+    assert 0 < found["loss"] < 0.3
 
 
 def test_self_correction_adds_up() -> None:

@@ -1,0 +1,30 @@
+"""Records with holes, through a backend and the infill."""
+
+from collections.abc import Sequence
+
+from records import Record, to_tokens
+from vocabulary import BOS, END_OF_TURN, PAD
+
+from mlx_diffgemma.backends import Backend
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.infill import Candidate, Hole, infill
+
+
+def fill(
+    backend: Backend, record: Record, cut: Sequence[str], config: GenerationConfig, *, lengths: Hole | None = None, seed: int = 0
+) -> list[Candidate]:
+    """The candidates for a record without the fields ``cut``, the best first.
+
+    Args:
+        lengths: what is said of how long each hole is; by default the truth.
+    """
+    known, values = record.cut(cut)
+    template: list[list[int] | Hole] = [[BOS, *to_tokens(known[0])]]
+    for value, behind in zip(values, known[1:], strict=True):
+        template += [lengths or Hole(len(value), len(value)), to_tokens(behind)]
+    return infill(backend, template, config, seed=seed, ending=(END_OF_TURN, PAD))
+
+
+def is_right(candidate: Candidate, record: Record, cut: Sequence[str]) -> bool:
+    """Whether every hole holds its value exactly."""
+    return [list(hole) for hole in candidate.holes] == [to_tokens(value) for value in record.cut(cut)[1]]
