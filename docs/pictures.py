@@ -17,7 +17,7 @@ from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, Settling
 from mlx_diffgemma.sampler import Draft, block_diffusion
 from mlx_diffgemma.sudoku import Grid
 
-SEED, CLUES = 2, 12
+SEED, CLUES = 6, 12
 PANELS = 6  # steps in the first picture
 
 CELL = 22
