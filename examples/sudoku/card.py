@@ -1,6 +1,6 @@
 """Write the model card: what the model is, how it was trained, its curve, and how much it solves.
 
-    python examples/sudoku/card.py RUN RESULTS.json --machine "..." > README.md
+    python examples/sudoku/card.py RUN RESULTS.json --machine "..." [--note "..."] > README.md
 
 ``RUN`` is the folder that train.py wrote, ``RESULTS.json`` the report of evaluate.py; every number comes from these.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,12 @@ zero. To this is added the next-token loss of the causal pass over prompt and so
 |---:|---:|---:|---:|
 {curve}
 
+The last column is of {held_out} puzzles over the whole range of clues. {note}
+
 ## What it solves
 
-{puzzles} held-out puzzles for each range of clues, with the sampler's settings of `generation_config.json`: `python
-examples/sudoku/evaluate.py`.
+{puzzles} other held-out puzzles for each range of clues, with the sampler's settings of `generation_config.json`:
+`python examples/sudoku/evaluate.py`.
 
 | clues | solved | denoising steps | tokens per forward pass | one token at a time, causal |
 |---|---:|---:|---:|---:|
@@ -77,14 +80,14 @@ It knows nothing but Sudoku of this size. A puzzle that has several solutions ge
 """
 
 
-def card(run: Path, results: Mapping[str, Any], machine: str) -> str:
+def card(run: Path, results: Mapping[str, Any], machine: str, note: str) -> str:
     """The text of README.md."""
     state = torch.load(run / "state.pt", weights_only=True)
     options, config = Options(**state["options"]), Checkpoint.open(run / "checkpoint").config
     lines = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     fewest, most = CLUES[options.size]
     return CARD.format(
-        **{name: getattr(options, name) for name in ("size", "pool", "learning_rate", "warmup", "steps", "batch_size", "seed")},
+        **asdict(options),
         parameters=sum(weight.numel() for weight in state["model"].values()),
         puzzle=results["example"],
         layers=config.num_hidden_layers,
@@ -97,6 +100,7 @@ def card(run: Path, results: Mapping[str, Any], machine: str) -> str:
         most=most,
         minutes=state["seconds"] / 60,
         machine=machine,
+        note=note,
         curve=_curve(lines),
         puzzles=next(iter(results["clues"].values()))["puzzles"],
         rates=_rates(results),
@@ -128,9 +132,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("results", type=Path)
     parser.add_argument("--machine", required=True, help="what it was trained on, in words")
+    parser.add_argument("--note", default="", help="what else must be known of the curve")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    sys.stdout.write(card(arguments.run, results, arguments.machine))
+    sys.stdout.write(card(arguments.run, results, arguments.machine, arguments.note))
 
 
 if __name__ == "__main__":
