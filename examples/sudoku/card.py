@@ -33,6 +33,7 @@ model can be tried in a second, on any machine:
 
 ```python
 from mlx_diffgemma import load
+
 print(load("sudoku").generate("{puzzle}").text)
 ```
 
