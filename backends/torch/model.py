@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_diffgemma.backends.torch.cache import Cache, LayerCache
-from mlx_diffgemma.config import LayerConfig, ModelConfig
+from mlx_diffgemma.config import SLIDING, LayerConfig, ModelConfig
 
 
 class Embedding(nn.Module):
@@ -239,7 +239,7 @@ class TextModel(nn.Module):
 
     def _mask(self, x: Tensor, cache: Cache, layer_type: str) -> Tensor:
         """Causal mask [N, S]: position q sees q - window + 1 .. q on a sliding layer, and 0 .. q on a full one."""
-        window = self.config.sliding_window if layer_type == "sliding_attention" else len(cache) + x.shape[1]
+        window = self.config.sliding_window if layer_type == SLIDING else len(cache) + x.shape[1]
         kept = min(len(cache), window - 1)
         queries = torch.arange(x.shape[1], device=x.device)[:, None] + kept
         keys = torch.arange(kept + x.shape[1], device=x.device)[None, :]
