@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import platform
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -37,7 +38,7 @@ class Denoised(NamedTuple):
         argmax: int32 [B, L], the most likely token.
         sampled: int32 [B, L], a token drawn from softmax(logits / temperature); equals ``argmax`` where no noise keys were given.
         entropy: float32 [B, L], nats, of softmax(logits / temperature).
-        self_conditioning: opaque, stays on the device; give it to the next step.
+        self_conditioning: opaque but for [a:b], which is that of these rows; stays on the device; give it to the next step.
     """
 
     argmax: NDArray[np.int32]
@@ -57,6 +58,26 @@ class Cache(Protocol):
         """A cache of ``rows`` rows that begins as this one of one row and goes on for itself; what is kept is shared."""
         ...
 
+    def joined(self, others: Sequence[Self]) -> Self:
+        """A cache whose rows are those of this one and then those of ``others``, of the same length; it goes on for itself."""
+        ...
+
+    def windows(self) -> Any:
+        """What the sliding layers hold now, and lose as more is appended; it has a ``len``, the positions now, and ``nbytes``."""
+        ...
+
+    def cut(self, windows: Any) -> Self:
+        """A cache of the positions that this one held at an earlier :meth:`windows`, which goes on for itself.
+
+        Full layers are cut back; a sliding window cannot be rewound, and is put back as it was.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, those shared with other caches included."""
+        ...
+
 
 class Backend(Protocol):
     """One loaded checkpoint on one framework and device."""
@@ -73,7 +94,8 @@ class Backend(Protocol):
     def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
         """Run tokens [B, N] through the causal pass and append their keys and values to ``cache``; returns when that is done.
 
-        With ``logits``, the logits after the last of them, float32 [B, V]: the same weights are a causal language model.
+        With ``logits``, the logits after the last of them, float32 [B, V]: the same weights are a causal language model. N may
+        be 0 where the cache holds something; the logits are then those after its last position.
         """
         ...
 
@@ -100,7 +122,8 @@ class Backend(Protocol):
         Args:
             temperature: above 0; divides the logits before every statistic.
             noise_keys: one key a row (:func:`mlx_diffgemma.noise.sampling_keys`), or None to draw nothing.
-            self_conditioning: that of the previous step's result, or None in a block's first step.
+            self_conditioning: that of the previous step's result, or None in a block's first step. Rows of one ([a:b]) stand for
+                those rows; a sequence of several, whose rows follow one another, for rows that earlier were steps of their own.
             frozen: [L] for all rows, or [B, L]: token ids, -1 where the model may write. A frozen position answers its own
                 token with entropy 0 and feeds it, one-hot, to the next step.
         """
@@ -134,8 +157,10 @@ class Backend(Protocol):
         ...
 
 
-def check_tokens(tokens: NDArray[np.int32], config: ModelConfig) -> None:
-    """Raise InputError unless ``tokens`` is [B, N] with at least one position and every id in the vocabulary."""
+def check_tokens(tokens: NDArray[np.int32], config: ModelConfig, *, cached: int = 0) -> None:
+    """Raise InputError unless ``tokens`` is [B, N] with every id in the vocabulary, and with N at least 1 after an empty cache."""
+    if tokens.ndim == 2 and len(tokens) and not tokens.size and cached:
+        return
     if tokens.ndim != 2 or not tokens.size:
         raise InputError(f"token ids must be of shape [rows, positions] with at least one position, got {list(tokens.shape)}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:

@@ -59,7 +59,7 @@ def causal(
     token is not in it yet, and is the prompt of what follows.
 
     Args:
-        prompt: int32 [B, N], N at least 1; rows are independent.
+        prompt: int32 [B, N], N at least 1, or 0 after a cache that holds it all; rows are independent.
         seed: one for all rows, or one a row; 0 to 2^64 - 1. Same seed, same tokens, in any batch and on any backend.
         cache: of B rows, already holding what comes before ``prompt``; it is filled in place. By default a new one.
         logprobs: tell the probability of each token.
@@ -71,7 +71,7 @@ def causal(
         InputError: before anything is computed.
     """
     cache = backend.new_cache(len(prompt)) if cache is None else cache
-    check_tokens(prompt, backend.config)
+    check_tokens(prompt, backend.config, cached=len(cache))
     before, context = len(cache) + prompt.shape[1], backend.config.max_position_embeddings
     if before + config.max_new_tokens > context:
         raise InputError(

@@ -54,6 +54,18 @@ class Statistics:
         return self.new_tokens / (self.encode_seconds + self.denoise_seconds)
 
 
+def statistics(prompt_tokens: int, new_tokens: int, parts: Sequence[Block | Token], encode_seconds: float = 0.0) -> Statistics:
+    """Of a text that was written in ``parts``, of one row each, after a prompt that took ``encode_seconds`` beforehand."""
+    blocks = [part for part in parts if isinstance(part, Block)]
+    return Statistics(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        denoising_steps=tuple(int(block.steps[0]) for block in blocks),
+        encode_seconds=encode_seconds + sum(part.encode_seconds if isinstance(part, Block) else part.seconds for part in parts),
+        denoise_seconds=sum(block.denoise_seconds for block in blocks),
+    )
+
+
 @dataclass(frozen=True)
 class Generation:
     """A finished text.
@@ -247,21 +259,13 @@ class DiffusionGemma(Editing):
         ends = [position for position, token in enumerate(tokens) if token in config.eos_token_ids]
         tokens = tokens[: ends[0] + 1] if ends else tokens
         logprobs = [part.logprobs[0] for part in written if part.logprobs is not None]
-        blocks = [part for part in written if isinstance(part, Block)]
-        statistics = Statistics(
-            prompt_tokens=prompt_tokens,
-            new_tokens=len(tokens),
-            denoising_steps=tuple(int(block.steps[0]) for block in blocks),
-            encode_seconds=sum(part.encode_seconds if isinstance(part, Block) else part.seconds for part in written),
-            denoise_seconds=sum(block.denoise_seconds for block in blocks),
-        )
         text = self.tokenizer.decode(tokens[:-1] if ends else tokens)
         yield Generation(
             text=text,
             tokens=tokens,
             finish_reason="stop" if ends else "length",
             seed=seed,
-            statistics=statistics,
+            statistics=statistics(prompt_tokens, len(tokens), written),
             logprobs=np.concatenate(logprobs)[: len(tokens)].tolist() if logprobs else None,
         )
 

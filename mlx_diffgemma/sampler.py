@@ -98,7 +98,7 @@ def block_diffusion(
     with padding where they ended before.
 
     Args:
-        prompt: int32 [B, N], N at least 1; rows are independent.
+        prompt: int32 [B, N], N at least 1, or 0 after a cache that holds it all; rows are independent.
         seed: one for all rows, or one a row; 0 to 2^64 - 1. Same seed, same tokens, in any batch and on any backend.
         frozen: int32 [P] for all rows, or [B, P]: the template of the new text from its first token on, a token id where it is
             given, -1 where the model may write. Given positions hold their token in every canvas, are always accepted, and
@@ -140,7 +140,7 @@ class _Run:
         context, ended = prompt, np.zeros(len(prompt), bool)
         for index in range(ceil(self.config.max_new_tokens / self.length)):
             started = time.perf_counter()
-            if index == 0 or not self.logprobs:  # scored blocks are in the cache
+            if context.size and (index == 0 or not self.logprobs):  # scored blocks are in the cache
                 self.backend.encode(context, self.cache)
             encoded = time.perf_counter()
             steps = np.zeros(len(prompt), np.int64)
@@ -254,7 +254,7 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
 
 def check_lengths(model: ModelConfig, config: GenerationConfig, prompt: NDArray[np.int32], cached: int, length: int) -> None:
     """Raise InputError unless ``prompt`` after ``cached`` positions, and canvases of ``length`` after it, fit the model."""
-    check_tokens(prompt, model)
+    check_tokens(prompt, model, cached=cached)
     if length > model.canvas_length:
         raise InputError(f"canvas_length {length} exceeds the model's {model.canvas_length}")
     before = cached + prompt.shape[1]

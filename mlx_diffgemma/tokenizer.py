@@ -9,13 +9,15 @@ when a tokenizer is loaded, and takes half a second then.
 import codecs
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mlx_diffgemma.checkpoint import read_json
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.markup import MARKERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,8 @@ _TURN_MARKERS = ("<|turn>", "<turn|>")
 
 _REQUIRED = ("pad_token", "eos_token", "bos_token")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# Parts a special token's characters where a caller's text spells it. A lone surrogate: in no valid text.
+_CUT = "\udfff"
 _MEDIA = {"image": "images are", "video": "video is", "audio": "audio is"}
 
 
@@ -102,10 +106,7 @@ class Tokenizer:
         Markup such as ``<|turn>`` in the text is read as the special token. Raises InputError for text that is not valid
         Unicode (lone surrogates, as from a file name).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as wrong:
-            raise InputError(f"the text is not valid Unicode: a lone surrogate at character {wrong.start}") from None
+        _check_unicode(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False)
         return ids
 
@@ -163,6 +164,39 @@ class Tokenizer:
             InputError: the messages are of the wrong form or hold images, video or audio; the template refuses them; or the
                 checkpoint has no chat template.
         """
+        return self._render(messages, tools, template_options | {"add_generation_prompt": add_generation_prompt}, escape=False)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        escape: bool = False,
+        **template_options: Any,
+    ) -> list[int]:
+        """Ids of the conversation; other arguments and errors are those of :meth:`render`.
+
+        Args:
+            escape: read markup that the strings of ``messages`` and ``tools`` spell, such as ``<|turn>``, as plain text.
+                Otherwise it is read as the special token, and whoever wrote the string can end a turn and begin another.
+
+        Raises:
+            InputError: with ``escape``, a string is not valid Unicode.
+        """
+        options = template_options | {"add_generation_prompt": add_generation_prompt}
+        text = self._render(messages, tools, options, escape=escape)
+        return [token for piece in (text.split(_CUT) if escape else [text]) for token in self.encode(piece)]
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any],
+        *,
+        escape: bool,
+    ) -> str:
+        """As :meth:`render`; with ``escape``, a cut behind the first character of each special token that a string spells."""
         from jinja2 import TemplateError
 
         _check_messages(messages)
@@ -170,24 +204,89 @@ class Tokenizer:
             raise InputError("tools must be a list of JSON schemas, one mapping a function")
         if not self._backend.chat_template:
             raise InputError("this checkpoint has no chat template; give a raw prompt instead of messages")
+        conversation = [dict(message) for message in messages]
+        schemas: list[Any] | None = None if tools is None else [dict(tool) for tool in tools]
         try:
-            text = self._backend.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **template_options,
-            )
-        # The last three are what Python raises inside of a template that calculates with values of the wrong form.
-        except (TemplateError, TypeError, ValueError, OverflowError) as refused:
-            raise InputError(f"the chat template refuses this conversation: {str(refused).partition(chr(10))[0]}") from refused
+            if escape:
+                conversation, schemas = _mapped(conversation, self._cut), _mapped(schemas, self._cut)
+            text = self._backend.apply_chat_template(conversation, tools=schemas, tokenize=False, **options)
+        except InputError:
+            raise
+        # The last four are what Python raises inside of a template that calculates with values of the wrong form.
+        except (TemplateError, TypeError, ValueError, OverflowError, RecursionError) as refused:
+            reason = str(refused).partition("\n")[0].replace(_CUT, "")
+            raise InputError(f"the chat template refuses this conversation: {reason}") from refused
         return str(text)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_options: Any
-    ) -> list[int]:
-        """Ids of the conversation; arguments and errors are those of :meth:`render`."""
-        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt, **template_options))
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        """The texts that encode reads as a special token; each has two characters or more."""
+        # SentencePiece calls only those special that the configuration names.
+        known = {marker for marker in MARKERS if self.token_id(marker) is not None}
+        return tuple(known | {str(token) for token in self._backend.added_tokens_decoder.values() if token.special})
+
+    def _cut(self, text: str) -> str:
+        """``text`` with a cut behind the first character of each special token, and of each that its end is the beginning of.
+
+        The template may write another string behind this one, and leave out white space in between. The libraries' own switch
+        (``split_special_tokens``) has no effect on SentencePiece's user-defined symbols.
+        """
+        _check_unicode(text)
+        tokens, end = self._special_tokens, len(text.rstrip())
+        longest = max(map(len, tokens))
+
+        def cut(first: re.Match[str]) -> str:
+            start = first.start()
+            unfinished = end - start < longest and any(token.startswith(text[start:end]) for token in tokens)
+            return first[0] + _CUT if unfinished or text.startswith(tokens, start) else first[0]
+
+        return re.sub("|".join({re.escape(token[0]) for token in tokens}), cut, text)
+
+
+class Growing:
+    """The text of tokens that come one after the other. Only the last, incomplete character is decoded again.
+
+    Args:
+        decode: :meth:`Tokenizer.decode`, or a function that takes its arguments.
+    """
+
+    def __init__(self, decode: Callable[..., str]) -> None:
+        self.decode = decode
+        self._pending: list[int] = []  # since the last complete character
+        self._told = 0  # characters of theirs
+
+    def add(self, tokens: Iterable[int]) -> str:
+        """What the text has grown by; an incomplete character at its end is held back."""
+        self._pending += tokens
+        text = self.decode(self._pending, final=False)
+        new = text[self._told :]
+        if self.decode(self._pending) == text:
+            self._pending, self._told = [], 0
+        else:
+            self._told = len(text)
+        return new
+
+    def end(self) -> str:
+        """What was held back, as it stands."""
+        new = self.decode(self._pending)[self._told :]
+        self._pending, self._told = [], 0
+        return new
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as wrong:
+        raise InputError(f"the text is not valid Unicode: a lone surrogate at character {wrong.start}") from None
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """``value`` with each string in it changed, the keys of its mappings too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
+    return [_mapped(item, change) for item in value] if _is_list(value) else value
 
 
 def _piece_bytes(piece: str) -> bytes:

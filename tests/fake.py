@@ -50,6 +50,28 @@ class Cached(list[int]):
         return Cached(self)
 
 
+class Marked(list[int]):
+    """What a fake cache holds, at 10 bytes a position."""
+
+    @property
+    def nbytes(self) -> int:
+        return 10 * len(self)
+
+
+class FakeCache(Marked):
+    """Positions, or the tokens there; like the real ones, it can be cut back to where its windows were."""
+
+    def repeated(self, rows: int) -> "FakeCache":
+        return FakeCache(self)
+
+    def windows(self) -> Marked:
+        return Marked(self)
+
+    def cut(self, windows: Marked) -> "FakeCache":
+        assert self[: len(windows)] == windows
+        return FakeCache(windows)
+
+
 @dataclass
 class EditingFake(FakeBackend):
     """Keeps to frozen tokens, and scores tokens by ``causal`` and ``canvas``, which map token ids to log-probabilities."""

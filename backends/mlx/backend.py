@@ -1,5 +1,6 @@
 """The MLX wing's side of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -74,12 +75,13 @@ class MlxBackend:
         return Cache(self.config, batch_size)
 
     def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
-        check_tokens(tokens, self.config)
+        check_tokens(tokens, self.config, cached=len(cache))
         with mx.stream(self._place):
             for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-                hidden = self.model.encode(mx.array(tokens[:, start : start + PREFILL_CHUNK]), cache)
+                self.model.encode(mx.array(tokens[:, start : start + PREFILL_CHUNK]), cache)
                 mx.eval(cache.arrays())  # keeps no more than one chunk's graph
-            return np.array(self.model.head(hidden[:, -1])) if logits else None
+            assert cache.last is not None
+            return np.array(self.model.head(cache.last)) if logits else None
 
     def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
         check_tokens(tokens, self.config)
@@ -107,6 +109,8 @@ class MlxBackend:
         if noise_keys is not None:
             noise = mx.array(bits(noise_keys[:, None], np.arange(canvas.shape[1], dtype=np.uint32)))
         with mx.stream(self._place):
+            if isinstance(self_conditioning, Sequence):
+                self_conditioning = mx.concatenate(list(self_conditioning))
             argmax, sampled, entropy, soft_embeddings = step(
                 self.model,
                 mx.array(canvas),

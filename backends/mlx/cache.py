@@ -5,6 +5,8 @@ beside the weights that a step reads anyway. (mlx-lm's rotating cache does not k
 """
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -33,6 +35,13 @@ class LayerCache:
             other.keys, other.values = mx.broadcast_to(self.keys, shape), mx.broadcast_to(self.values, shape)
         return other
 
+    def joined(self, others: "Sequence[LayerCache]") -> "LayerCache":
+        """A copy with the rows of ``others`` behind its own."""
+        other = LayerCache(self.window)
+        other.keys = joined_rows([layer.keys for layer in (self, *others)])
+        other.values = joined_rows([layer.values for layer in (self, *others)])
+        return other
+
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As :meth:`extended`, and keep the new positions too."""
         keys, values = self.extended(keys, values)
@@ -42,6 +51,33 @@ class LayerCache:
             (mx.contiguous(keys[:, :, drop:]), mx.contiguous(values[:, :, drop:])) if drop else (keys, values)
         )
         return keys, values
+
+    def cut(self, length: int) -> "LayerCache":
+        """A copy of the first ``length`` positions of a full layer."""
+        other = LayerCache(self.window)
+        if self.keys is not None and self.values is not None:
+            other.keys, other.values = self.keys[:, :, :length], self.values[:, :, :length]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in (self.keys, self.values) if kept is not None)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What :meth:`Cache.windows` keeps: the sliding layers (None for a full one) and ``last`` at ``length`` positions."""
+
+    length: int
+    layers: list[LayerCache | None]
+    last: mx.array | None
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers if layer is not None)
 
 
 class Cache:
@@ -66,7 +102,41 @@ class Cache:
         other.last = None if self.last is None else mx.broadcast_to(self.last, (rows, self.last.shape[-1]))
         return other
 
+    def joined(self, others: "Sequence[Cache]") -> "Cache":
+        """A cache of the rows of this one and then those of ``others``, of the same length, that goes on for itself."""
+        other, parts = copy.copy(self), (self, *others)
+        other.batch_size = sum(part.batch_size for part in parts)
+        other.layers = [layer.joined(layers) for layer, *layers in zip(*(part.layers for part in parts), strict=True)]
+        other.last = joined_rows([part.last for part in parts])
+        return other
+
     def arrays(self) -> list[mx.array]:
         """All that is kept, for ``mx.eval``."""
         layers = [array for layer in self.layers for array in (layer.keys, layer.values)]
         return [array for array in (*layers, self.last) if array is not None]
+
+    def windows(self) -> Windows:
+        """What is lost once more is appended, for :meth:`cut`."""
+        layers = [layer.repeated(self.batch_size) if layer.window else None for layer in self.layers]
+        return Windows(self.length, layers, self.last)
+
+    def cut(self, windows: Windows) -> "Cache":
+        """A cache of the first ``len(windows)`` positions, which goes on for itself; ``windows`` are this one's own."""
+        other = copy.copy(self)
+        other.length, other.last = windows.length, windows.last
+        other.layers = [
+            layer.cut(windows.length) if window is None else window.repeated(self.batch_size)
+            for layer, window in zip(self.layers, windows.layers, strict=True)
+        ]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def joined_rows(parts: Sequence[mx.array | None]) -> mx.array | None:
+    """Arrays of some rows each, one after the other; None where nothing is kept."""
+    kept = [part for part in parts if part is not None]
+    return mx.concatenate(kept) if kept else None

@@ -1,6 +1,6 @@
 """The torch wing's side of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,13 +73,14 @@ class TorchBackend:
 
     @torch.inference_mode()
     def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
-        check_tokens(tokens, self.config)
-        for chunk in self._to_device(tokens).split(PREFILL_CHUNK, dim=1):
-            hidden = self.model.encode(chunk, cache)
+        check_tokens(tokens, self.config, cached=len(cache))
+        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+            self.model.encode(self._to_device(tokens[:, start : start + PREFILL_CHUNK]), cache)
+        assert cache.last is not None
         if logits:
-            return self._to_numpy(self.model.head(hidden[:, -1]))
-        if hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
+            return self._to_numpy(self.model.head(cache.last))
+        if cache.last.is_cuda:
+            torch.cuda.synchronize(cache.last.device)
         return None
 
     @torch.inference_mode()
@@ -107,6 +108,8 @@ class TorchBackend:
         if noise_keys is not None:
             positions = np.arange(canvas.shape[1], dtype=np.uint32)
             noise = torch.from_numpy(bits(noise_keys[:, None], positions).view(np.int32)).to(self.device)
+        if isinstance(self_conditioning, Sequence):
+            self_conditioning = torch.cat(list(self_conditioning))
         argmax, sampled, entropy, soft_embeddings = step(
             self.model,
             self._to_device(canvas),

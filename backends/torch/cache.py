@@ -5,6 +5,8 @@ the cache in training, and the copy is small beside the weights that a step read
 """
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,6 +35,13 @@ class LayerCache:
             other.keys, other.values = self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
         return other
 
+    def joined(self, others: "Sequence[LayerCache]") -> "LayerCache":
+        """A copy with the rows of ``others`` behind its own."""
+        other = LayerCache(self.window)
+        other.keys = joined_rows([layer.keys for layer in (self, *others)])
+        other.values = joined_rows([layer.values for layer in (self, *others)])
+        return other
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`extended`, and keep the new positions too."""
         keys, values = self.extended(keys, values)
@@ -40,6 +49,33 @@ class LayerCache:
         # A slice would keep the whole of a long prompt alive.
         self.keys, self.values = (keys[:, :, drop:].clone(), values[:, :, drop:].clone()) if drop else (keys, values)
         return keys, values
+
+    def cut(self, length: int) -> "LayerCache":
+        """A copy of the first ``length`` positions of a full layer."""
+        other = LayerCache(self.window)
+        if self.keys is not None and self.values is not None:
+            other.keys, other.values = self.keys[:, :, :length], self.values[:, :, :length]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.numel() * kept.element_size() for kept in (self.keys, self.values) if kept is not None)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What :meth:`Cache.windows` keeps: the sliding layers (None for a full one) and ``last`` at ``length`` positions."""
+
+    length: int
+    layers: list[LayerCache | None]
+    last: Tensor | None
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers if layer is not None)
 
 
 class Cache:
@@ -63,3 +99,37 @@ class Cache:
         other.layers, other.batch_size = [layer.repeated(rows) for layer in self.layers], rows
         other.last = None if self.last is None else self.last.expand(rows, -1)
         return other
+
+    def joined(self, others: "Sequence[Cache]") -> "Cache":
+        """A cache of the rows of this one and then those of ``others``, of the same length, that goes on for itself."""
+        other, parts = copy.copy(self), (self, *others)
+        other.batch_size = sum(part.batch_size for part in parts)
+        other.layers = [layer.joined(layers) for layer, *layers in zip(*(part.layers for part in parts), strict=True)]
+        other.last = joined_rows([part.last for part in parts])
+        return other
+
+    def windows(self) -> Windows:
+        """What is lost once more is appended, for :meth:`cut`."""
+        layers = [layer.repeated(self.batch_size) if layer.window else None for layer in self.layers]
+        return Windows(self.length, layers, self.last)
+
+    def cut(self, windows: Windows) -> "Cache":
+        """A cache of the first ``len(windows)`` positions, which goes on for itself; ``windows`` are this one's own."""
+        other = copy.copy(self)
+        other.length, other.last = windows.length, windows.last
+        other.layers = [
+            layer.cut(windows.length) if window is None else window.repeated(self.batch_size)
+            for layer, window in zip(self.layers, windows.layers, strict=True)
+        ]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def joined_rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Arrays of some rows each, one after the other; None where nothing is kept."""
+    kept = [part for part in parts if part is not None]
+    return torch.cat(kept) if kept else None

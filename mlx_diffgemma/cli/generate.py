@@ -13,12 +13,12 @@ import click
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.cli.live import Growing, LiveView, live_console, printable
+from mlx_diffgemma.cli.live import LiveView, live_console, printable
 from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.pipeline import MODES, DiffusionGemma, Event, Generation, sampling_options
 from mlx_diffgemma.sampler import Block
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.tokenizer import Growing, Tokenizer
 
 #: Is shown every event of a generation, as it happens.
 View = Callable[[Event], None]

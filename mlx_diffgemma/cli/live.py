@@ -20,6 +20,7 @@ from rich.text import Text
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.pipeline import Event
 from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.tokenizer import Growing
 
 #: State of a canvas position, and the style it is shown in. "Taken back" also differs where there is no colour.
 UNSETTLED, SETTLED, TAKEN_BACK = range(3)
@@ -78,20 +79,23 @@ class Region:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.print("")
+        self.print(Text())
 
     def draw(self, lines: Sequence[Text]) -> None:
         """Replace the region. ``lines`` must fit: at most the console's height of them, none wider than it."""
-        with self.console.capture() as capture:
-            self.console.print(Text("\n").join(lines), end="", no_wrap=True, overflow="ignore", crop=False)
         # Without wrapping a character that is wider than we think costs its line's end, and not the layout.
-        self._write(_HIDE_CURSOR, self._erase(), _WRAP_OFF, capture.get(), _WRAP_ON, "\r")
+        self._write(_HIDE_CURSOR, self._erase(), _WRAP_OFF, self._rendered(Text("\n").join(lines)), _WRAP_ON, "\r")
         self._widths = [line.cell_len for line in lines]
 
-    def print(self, text: str) -> None:
+    def print(self, text: Text) -> None:
         """Erase the region and print ``text``, empty or whole lines, for good in its place."""
-        self._write(self._erase(), text, _SHOW_CURSOR)
+        self._write(self._erase(), self._rendered(text), _SHOW_CURSOR)
         self._widths = []
+
+    def _rendered(self, text: Text) -> str:
+        with self.console.capture() as capture:
+            self.console.print(text, end="", no_wrap=True, overflow="ignore", crop=False)
+        return capture.get()
 
     def _erase(self) -> str:
         width = self.console.width
@@ -146,44 +150,22 @@ def pieces(tokens: Sequence[int], decode: Decode) -> Iterator[tuple[slice, str]]
             start = end
 
 
-class Growing:
-    """The text of tokens that come one after the other. Only the last, incomplete character is decoded again."""
-
-    def __init__(self, decode: Decode) -> None:
-        self.decode = decode
-        self._pending: list[int] = []  # since the last complete character
-        self._told = 0  # characters of theirs
-
-    def add(self, tokens: Sequence[int]) -> str:
-        """What the text has grown by; an incomplete character at its end is held back."""
-        self._pending += tokens
-        text = self.decode(self._pending, final=False)
-        new = text[self._told :]
-        if self.decode(self._pending) == text:
-            self._pending, self._told = [], 0
-        else:
-            self._told = len(text)
-        return new
-
-
-class LiveView:
-    """Shows the events of one generation; a context manager around them.
+class LivePage:
+    """Text that grows, and below it the canvas that is being denoised; a context manager around one reply of a model.
 
     Left by an exception, it erases the canvas and leaves the finished text.
 
     Args:
         console: see :func:`live_console`.
         decode: token ids to text.
-        max_new_tokens: where the text is cut.
+        max_new_tokens: where the reply is cut.
     """
 
     def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
         self.console, self.decode, self.max_new_tokens = console, decode, max_new_tokens
         self._region, self._settling = Region(console), Settling()
         self._tokens: list[int] = []
-        self._text = ""  # of these tokens
-        self._printed = 0  # characters of it that are printed for good
-        self._growing = Growing(decode)
+        self._unfinished = Text()  # the line of finished text that has no end yet
         self._steps = 0
         self._seconds = 0.0  # of all tokens but the first, whose pass is the prompt's
         self._status = Text()
@@ -192,28 +174,37 @@ class LiveView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        rest = self._text[self._printed :]
-        self._region.print(printable(rest) + "\n" if rest else "")
+        self._region.print(self._unfinished + "\n" if self._unfinished else Text())
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Draft):
-            self._steps += 1
-            self._draw(self._canvas(event))
-        elif isinstance(event, Block | Token):
-            new = event.tokens[0].tolist()[: self.max_new_tokens - len(self._tokens)]
-            self._tokens += new
-            self._text += self._growing.add(new)
-            if isinstance(event, Token):
-                self._seconds += event.seconds if event.index else 0.0
-                rate = f"  {event.index / self._seconds:.1f} per second" if self._seconds else ""
-                self._status = Text(f"{len(self._tokens)} tokens{rate}", STATUS_STYLE)
-            end = self._text.rfind("\n") + 1
-            self._region.print(printable(self._text[self._printed : end]))
-            self._printed = end
-            self._draw(Text())
-        else:
-            self._region.print(printable(event.text[self._printed :]) + "\n")
-            self._text, self._printed = event.text, len(event.text)
+    def draft(self, draft: Draft) -> None:
+        """Show the canvas after a denoising step."""
+        self._steps += 1
+        self._draw(self._canvas(draft))
+
+    def committed(self, part: Block | Token) -> list[int]:
+        """Take in finished tokens, for the status line, and return those that count: none behind ``max_new_tokens``."""
+        new: list[int] = part.tokens[0].tolist()[: self.max_new_tokens - len(self._tokens)]
+        self._tokens += new
+        if isinstance(part, Token):
+            self._seconds += part.seconds if part.index else 0.0
+            rate = f"  {part.index / self._seconds:.1f} per second" if self._seconds else ""
+            self._status = Text(f"{len(self._tokens)} tokens{rate}", STATUS_STYLE)
+        return new
+
+    def write(self, text: str, style: str = "") -> None:
+        """Go on with the finished text; the canvas is erased until it is drawn again."""
+        self._append(text, style)
+        self._draw(Text())
+
+    def finish(self, text: str = "") -> None:
+        """Write the last of the text, and end its line."""
+        self._append(text + "\n")
+
+    def _append(self, text: str, style: str = "") -> None:
+        self._unfinished.append(printable(text), style)
+        end = self._unfinished.plain.rfind("\n") + 1
+        whole, self._unfinished = self._unfinished.divide([end])
+        self._region.print(whole)
 
     def _canvas(self, draft: Draft) -> Text:
         states, canvas = self._settling.update(draft), Text()
@@ -234,11 +225,29 @@ class LiveView:
 
     def _draw(self, canvas: Text) -> None:
         width, height = self.console.size
-        unfinished = Text(printable(self._text[self._printed :]))
-        rows, before = wrap(unfinished + canvas, width), len(wrap(unfinished, width)) - 1
+        rows, before = wrap(self._unfinished + canvas, width), len(wrap(self._unfinished, width)) - 1
         # Where not all fits, the canvas comes before the text above it, and its head before its tail.
         skipped = max(0, min(before, len(rows) - (height - 1)))
         self._region.draw([*clip(rows[skipped:], height - 1), cut(self._status, width)])
+
+
+class LiveView(LivePage):
+    """Shows the events of one generation."""
+
+    def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
+        super().__init__(console, decode, max_new_tokens)
+        self._growing = Growing(decode)
+        self._told = 0  # characters of the text
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Draft):
+            self.draft(event)
+        elif isinstance(event, Block | Token):
+            new = self._growing.add(self.committed(event))
+            self._told += len(new)
+            self.write(new)
+        else:
+            self.finish(event.text[self._told :])
 
 
 def wrap(text: Text, width: int) -> list[Text]:

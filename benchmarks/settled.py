@@ -1,0 +1,57 @@
+"""How much of a canvas the settled rule shows before its block is done, and how often it is wrong, on the model in the box.
+
+    python benchmarks/settled.py --puzzles 500 --json benchmarks/results/settled.json
+
+A canvas is 40 tokens here and takes few steps; of the released model nothing is known yet.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mlx_diffgemma import Block, Draft, load
+from mlx_diffgemma.settled import Front, Settled
+from mlx_diffgemma.sudoku import fresh_puzzle
+
+RULES = [Settled(steps, entropy) for steps in (1, 2, 3, 4) for entropy in (0.5, 0.1, 0.05, 0.01)]
+CLUES = (10, 12, 16, 24)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--puzzles", type=int, default=500, help="of each number of clues")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    model = load("sudoku", backend="torch")
+    early, wrong, blocks = [0] * len(RULES), [0] * len(RULES), 0
+    for clues in CLUES:
+        for seed in range(arguments.puzzles):
+            fronts, shown = [Front(rule) for rule in RULES], [0] * len(RULES)
+            for event in model.stream(fresh_puzzle(6, clues, seed).clues.text(), seed=seed):
+                if isinstance(event, Draft):
+                    for front in fronts:
+                        front.update(event.argmax[0], event.entropy[0])
+                    if not event.done[0]:
+                        shown = [len(front.tokens) for front in fronts]
+                elif isinstance(event, Block):
+                    blocks += 1
+                    for index, front in enumerate(fronts):
+                        early[index] += shown[index]
+                        ends = np.flatnonzero(np.isin(front.tokens, model.checkpoint.generation.eos_token_ids))
+                        told = front.tokens[: ends[0] + 1] if ends.size else front.tokens  # nobody is shown what is behind
+                        wrong[index] += int((told != event.tokens[0][: len(told)]).sum())
+    results = [
+        {"steps": rule.steps, "entropy": rule.entropy, "early": early[index] / blocks, "wrong": wrong[index]}
+        for index, rule in enumerate(RULES)
+    ]
+    print(f"{blocks} blocks of {model.backend.config.canvas_length} tokens")
+    for result in results:
+        print("{steps} steps below {entropy} nats: {early:.2f} tokens of a block early, {wrong} wrong in all".format(**result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"blocks": blocks, "rules": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

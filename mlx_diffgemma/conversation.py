@@ -1,0 +1,161 @@
+"""A conversation: messages in, events out, with the KV cache kept over its turns."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.prefix import PrefixCache, read
+from mlx_diffgemma.reply import Event, Reply, reply
+
+#: Says in a saved file what it is.
+FORMAT = "mlx-diffgemma conversation"
+
+
+class Conversation:
+    """Turns of a user, or of tools, and of a model.
+
+    What a turn adds is all that is encoded for it, where the chat template writes the earlier turns as they were; thoughts it
+    leaves out, and then it begins behind the last prompt.
+
+    Args:
+        system: instructions before the first turn.
+        tools: JSON schemas of functions that the model may call, as the OpenAI API has them.
+        thinking: have the model think before it answers.
+        kept: where the KV cache is kept; give one to several conversations to bound their memory together.
+
+    Attributes:
+        messages: of the turns so far, as the OpenAI API has them, but for a tool call's arguments, which are a mapping. They may
+            be changed between two turns.
+        cached_tokens, encoded_tokens: of the last turn's prompt, those found in a kept cache, and the others.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        kept: PrefixCache | None = None,
+    ) -> None:
+        self.model, self.system, self.tools, self.thinking = model, system, tools, thinking
+        self.kept = PrefixCache() if kept is None else kept
+        self.messages: list[dict[str, Any]] = []
+
+    def send(self, message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any) -> Iterator[Event]:
+        """Add a turn, and have the model reply.
+
+        When the reply is finished it is the last of the messages. Where reading stops before that, what has come of it so far
+        is; where nothing has, the turn is taken back, as it is after an error.
+
+        Args:
+            message: the user's text; or a message, such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or
+                several.
+            options: those of :func:`~mlx_diffgemma.reply.reply`, such as ``mode``, ``seed``, ``settled`` and the sampler's.
+
+        Yields:
+            What :func:`~mlx_diffgemma.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next turn.
+
+        Raises:
+            InputError: when the first event is asked for; the conversation stays as it was.
+        """
+        if isinstance(message, str):
+            if not message.strip():
+                raise InputError("the message is empty")
+            message = {"role": "user", "content": message}
+        before = len(self.messages)
+        self.messages += [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
+        said: list[Reasoning | Content | ToolCall] = []
+        try:
+            for event in self._events(options):
+                if isinstance(event, Reply):
+                    said = [Reasoning(event.reasoning), Content(event.content), *event.tool_calls]
+                elif isinstance(event, Reasoning | Content | ToolCall):
+                    said.append(event)
+                yield event
+        finally:
+            if said:
+                self.messages.append(self._answer(said))
+            else:
+                del self.messages[before:]
+
+    def prompt(self) -> str:
+        """What the chat template makes of the messages so far."""
+        return self.model.tokenizer.render(self._all(), tools=self.tools, enable_thinking=self.thinking)
+
+    def _events(self, options: Mapping[str, Any]) -> Iterator[Event]:
+        tokenizer = self.model.tokenizer
+        ids = tokenizer.chat(self._all(), tools=self.tools, enable_thinking=self.thinking, escape=True)
+        tokens = self.model.prompt_ids(ids)
+        context = read(self.model.backend, tokens, self.kept, end_of_turn_id=tokenizer.end_of_turn_id)
+        yield from reply(self.model, context, prompt_text=self.prompt(), kept=self.kept, **options)
+
+    def _all(self) -> list[dict[str, Any]]:
+        return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
+
+    def _answer(self, said: Sequence[Reasoning | Content | ToolCall]) -> dict[str, Any]:
+        """The assistant's message of what it said."""
+        answer: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(part.text for part in said if isinstance(part, Content)),
+        }
+        if reasoning := "".join(part.text for part in said if isinstance(part, Reasoning)):
+            answer["reasoning_content"] = reasoning
+        if calls := [part for part in said if isinstance(part, ToolCall)]:
+            earlier = sum(len(message.get("tool_calls", ())) for message in self.messages)
+            answer["tool_calls"] = [
+                {"id": f"call_{number}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for number, call in enumerate(calls, start=earlier)
+            ]
+        return answer
+
+    def save(self, file: Path) -> None:
+        """Write the messages, the system text, the tools and whether it thinks, as JSON, to a new file or in place of an old one.
+
+        Raises OSError; an old file is then as it was.
+        """
+        content = {
+            "format": FORMAT,
+            "system": self.system,
+            "tools": self.tools,
+            "thinking": self.thinking,
+            "messages": self.messages,
+        }
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8") as written:
+                written.write(text)
+            os.replace(name, file)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, model: DiffusionGemma, file: Path, *, kept: PrefixCache | None = None) -> Self:
+        """A conversation as :meth:`save` wrote it. Raises OSError, or InputError where it is no such file."""
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as wrong:  # of the JSON, or of its UTF-8
+            raise InputError(f"{file}: not a saved conversation: {wrong}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{file}: not a saved conversation; one is written by /save in mlx-diffgemma chat")
+        system, tools, thinking, messages = (content.get(name) for name in ("system", "tools", "thinking", "messages"))
+        if (
+            not isinstance(system, str | None)
+            or not isinstance(tools, list | None)
+            or not isinstance(thinking, bool)
+            or not isinstance(messages, list)
+        ):
+            raise InputError(f"{file}: a saved conversation, but damaged: a field is missing or of another type")
+        loaded = cls(model, system=system, tools=tools, thinking=thinking, kept=kept)
+        loaded.messages = messages
+        if messages:
+            loaded.prompt()  # raises for messages of the wrong form
+        return loaded
