@@ -9,17 +9,23 @@ Importing this package imports neither framework; loading a model imports the on
 
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
+from mlx_diffgemma.conversation import Conversation
 from mlx_diffgemma.errors import BackendError, CheckpointError, DiffGemmaError, InputError
 from mlx_diffgemma.infill import Hole, Infill
+from mlx_diffgemma.markup import Content, Reasoning, ToolCall
 from mlx_diffgemma.pipeline import DiffusionGemma, Generation, Score, Statistics, load
+from mlx_diffgemma.reply import Reply
 from mlx_diffgemma.revise import Doubt, Revision
 from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.settled import Settled
 
 __all__ = [
     "BackendError",
     "Block",
     "CausalConfig",
     "CheckpointError",
+    "Content",
+    "Conversation",
     "DiffGemmaError",
     "DiffusionGemma",
     "Doubt",
@@ -29,9 +35,13 @@ __all__ = [
     "Hole",
     "Infill",
     "InputError",
+    "Reasoning",
+    "Reply",
     "Revision",
     "Score",
+    "Settled",
     "Statistics",
     "Token",
+    "ToolCall",
     "load",
 ]

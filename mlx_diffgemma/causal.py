@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Backend, Cache, check_tokens
-from mlx_diffgemma.config import CausalConfig
+from mlx_diffgemma.config import CausalConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.sampler import row_seeds
 
@@ -71,14 +71,19 @@ def causal(
         InputError: before anything is computed.
     """
     cache = backend.new_cache(len(prompt)) if cache is None else cache
-    check_tokens(prompt, backend.config, cached=len(cache))
-    before, context = len(cache) + prompt.shape[1], backend.config.max_position_embeddings
-    if before + config.max_new_tokens > context:
-        raise InputError(
-            f"{before} prompt tokens and {config.max_new_tokens} new ones exceed the model's context of {context} tokens; "
-            f"shorten either"
-        )
+    check_context(backend.config, config, prompt, len(cache))
     return _tokens(backend, prompt, config, row_seeds(seed, len(prompt)), cache, logprobs)
+
+
+def check_context(model: ModelConfig, config: CausalConfig, prompt: NDArray[np.int32], cached: int) -> None:
+    """Raise InputError unless ``prompt`` after ``cached`` positions, and the new tokens after it, fit the model."""
+    check_tokens(prompt, model, cached=cached)
+    before = cached + prompt.shape[1]
+    if before + config.max_new_tokens > model.max_position_embeddings:
+        raise InputError(
+            f"{before} prompt tokens and {config.max_new_tokens} new ones exceed the model's context of "
+            f"{model.max_position_embeddings} tokens; shorten either"
+        )
 
 
 def _tokens(

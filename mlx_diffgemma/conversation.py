@@ -3,15 +3,17 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.prefix import PrefixCache, read
-from mlx_diffgemma.reply import Event, Reply, reply
+from mlx_diffgemma.pipeline import DiffusionGemma, sampling_options
+from mlx_diffgemma.prefix import Context, PrefixCache, read
+from mlx_diffgemma.reply import Event, Reply, check_room, reply
+from mlx_diffgemma.settled import Settled
 
 #: Says in a saved file what it is.
 FORMAT = "mlx-diffgemma conversation"
@@ -32,7 +34,6 @@ class Conversation:
     Attributes:
         messages: of the turns so far, as the OpenAI API has them, but for a tool call's arguments, which are a mapping. They may
             be changed between two turns.
-        cached_tokens, encoded_tokens: of the last turn's prompt, those found in a kept cache, and the others.
     """
 
     def __init__(
@@ -48,7 +49,18 @@ class Conversation:
         self.kept = PrefixCache() if kept is None else kept
         self.messages: list[dict[str, Any]] = []
 
-    def send(self, message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any) -> Iterator[Event]:
+    def send(
+        self,
+        message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        mode: str = "diffusion",
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        settled: Settled | None = None,
+        logprobs: bool = False,
+        stopping: Callable[[], bool] = bool,
+        **sampler: Any,
+    ) -> Generator[Event]:
         """Add a turn, and have the model reply.
 
         When the reply is finished it is the last of the messages. Where reading stops before that, what has come of it so far
@@ -57,7 +69,7 @@ class Conversation:
         Args:
             message: the user's text; or a message, such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or
                 several.
-            options: those of :func:`~mlx_diffgemma.reply.reply`, such as ``mode``, ``seed``, ``settled`` and the sampler's.
+            mode, seed, stop, settled, logprobs, stopping, sampler: as in :func:`~mlx_diffgemma.reply.reply`.
 
         Yields:
             What :func:`~mlx_diffgemma.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next turn.
@@ -65,6 +77,7 @@ class Conversation:
         Raises:
             InputError: when the first event is asked for; the conversation stays as it was.
         """
+        config = sampling_options(self.model.checkpoint.generation, mode, sampler)
         if isinstance(message, str):
             if not message.strip():
                 raise InputError("the message is empty")
@@ -73,7 +86,20 @@ class Conversation:
         self.messages += [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
         said: list[Reasoning | Content | ToolCall] = []
         try:
-            for event in self._events(options):
+            context = self._read(config)
+            for event in reply(
+                self.model,
+                context,
+                mode=mode,
+                seed=seed,
+                stop=stop,
+                settled=settled,
+                logprobs=logprobs,
+                prompt_text=self.prompt(),
+                kept=self.kept,
+                stopping=stopping,
+                **sampler,
+            ):
                 if isinstance(event, Reply):
                     said = [Reasoning(event.reasoning), Content(event.content), *event.tool_calls]
                 elif isinstance(event, Reasoning | Content | ToolCall):
@@ -89,12 +115,12 @@ class Conversation:
         """What the chat template makes of the messages so far."""
         return self.model.tokenizer.render(self._all(), tools=self.tools, enable_thinking=self.thinking)
 
-    def _events(self, options: Mapping[str, Any]) -> Iterator[Event]:
+    def _read(self, config: GenerationConfig | CausalConfig) -> Context:
         tokenizer = self.model.tokenizer
         ids = tokenizer.chat(self._all(), tools=self.tools, enable_thinking=self.thinking, escape=True)
         tokens = self.model.prompt_ids(ids)
-        context = read(self.model.backend, tokens, self.kept, end_of_turn_id=tokenizer.end_of_turn_id)
-        yield from reply(self.model, context, prompt_text=self.prompt(), kept=self.kept, **options)
+        check_room(self.model.backend.config, config, tokens)  # before a long prompt is read
+        return read(self.model.backend, tokens, self.kept, end_of_turn_id=tokenizer.end_of_turn_id)
 
     def _all(self) -> list[dict[str, Any]]:
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
@@ -142,7 +168,7 @@ class Conversation:
         """A conversation as :meth:`save` wrote it. Raises OSError, or InputError where it is no such file."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as wrong:  # of the JSON, or of its UTF-8
+        except (ValueError, RecursionError) as wrong:  # of the JSON, or of its UTF-8; or it is nested without end
             raise InputError(f"{file}: not a saved conversation: {wrong}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{file}: not a saved conversation; one is written by /save in mlx-diffgemma chat")
@@ -152,6 +178,7 @@ class Conversation:
             or not isinstance(tools, list | None)
             or not isinstance(thinking, bool)
             or not isinstance(messages, list)
+            or not all(isinstance(message, dict) and isinstance(message.get("tool_calls", []), list) for message in messages)
         ):
             raise InputError(f"{file}: a saved conversation, but damaged: a field is missing or of another type")
         loaded = cls(model, system=system, tools=tools, thinking=thinking, kept=kept)

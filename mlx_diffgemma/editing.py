@@ -40,7 +40,9 @@ class Editing:
         @cached_property
         def tokenizer(self) -> Tokenizer: ...
 
-        def prompt_ids(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> NDArray[np.int32]: ...
+        def prompt_ids(
+            self, prompt: Prompt, *, raw: bool = False, system: str | None = None, escape: bool = False
+        ) -> NDArray[np.int32]: ...
 
     def infill(
         self,
@@ -51,6 +53,7 @@ class Editing:
         raw: bool = False,
         system: str | None = None,
         seed: int | None = None,
+        escape: bool = False,
         **options: Any,
     ) -> Infill:
         """Fill the holes of a text; :mod:`mlx_diffgemma.infill` says how, and how lengths that are not known are ranked.
@@ -67,6 +70,7 @@ class Editing:
             raw: leave the chat template away. What does not fit into the canvas behind the last hole is then an error, as it is
                 with a ``prompt``; otherwise the instruction shows it.
             seed: 0 to 2^64 - 1; by default a fresh one, which the result tells.
+            escape: take markup such as ``<|turn>`` in all of these as plain text, where others wrote them.
             options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, but for ``max_new_tokens``.
 
         Raises:
@@ -74,8 +78,8 @@ class Editing:
         """
         parts = parse_template(template, marker) if isinstance(template, str) else list(template)
         config, seed = self._config(options), _seed(seed)
-        before, ending = self._around(infill.instruction(parts), prompt, raw=raw, system=system)
-        known = [part if isinstance(part, Hole) else self.tokenizer.encode(part) for part in parts]
+        before, ending = self._around(infill.instruction(parts), prompt, raw=raw, system=system, escape=escape)
+        known = [part if isinstance(part, Hole) else self.tokenizer.encode(part, escape=escape) for part in parts]
         longest = sum(part.most if isinstance(part, Hole) else len(part) for part in known)
         fits = longest <= (config.canvas_length or self.backend.config.canvas_length)
         candidates = infill.infill(
@@ -185,7 +189,7 @@ class Editing:
         return self.checkpoint.generation.replace(**options)
 
     def _around(
-        self, instruction: str, prompt: "Prompt | None", *, raw: bool, system: str | None
+        self, instruction: str, prompt: "Prompt | None", *, raw: bool, system: str | None, escape: bool = False
     ) -> tuple[list[int], tuple[int, ...]]:
         """Ids of what comes before a text, and of what follows it."""
         ending = () if raw else (self.tokenizer.end_of_turn_id, self.checkpoint.generation.pad_token_id)
@@ -193,7 +197,8 @@ class Editing:
             if system is not None:
                 raise InputError("a system message needs the chat template; leave out raw")
             return [self.tokenizer.bos_token_id], ending
-        ids: list[int] = self.prompt_ids(instruction if prompt is None else prompt, raw=raw, system=system)[0].tolist()
+        text = instruction if prompt is None else prompt
+        ids: list[int] = self.prompt_ids(text, raw=raw, system=system, escape=escape)[0].tolist()
         return ids, ending
 
 

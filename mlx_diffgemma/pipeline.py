@@ -217,21 +217,23 @@ class DiffusionGemma(Editing):
             self.backend.encode(before, cache)
         return Score(tokens[0].tolist(), self.backend.score(tokens, cache)[0].tolist())
 
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> NDArray[np.int32]:
-        """Token ids [1, N] of a prompt, as :meth:`stream` reads it."""
+    def prompt_ids(
+        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, escape: bool = False
+    ) -> NDArray[np.int32]:
+        """Token ids [1, N] of a prompt, as :meth:`stream` reads it; with ``escape``, markup in its texts is plain text."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty")
             if raw:
                 if system is not None:
                     raise InputError("a system message needs the chat template; leave out raw, or write it into the prompt")
-                return self._checked_ids(self.tokenizer.encode(prompt))
+                return self._checked_ids(self.tokenizer.encode(prompt, escape=escape))
             prompt = [{"role": "user", "content": prompt}]
         if not len(prompt):  # noqa: PLC1802 (a NumPy array has no truth value)
             raise InputError("the prompt is empty")
         if isinstance(prompt[0], Mapping):
             messages = [{"role": "system", "content": system}] if system is not None else []
-            return self._checked_ids(self.tokenizer.chat([*messages, *prompt]))
+            return self._checked_ids(self.tokenizer.chat([*messages, *prompt], escape=escape))
         return self._checked_ids(prompt)
 
     def _checked_ids(self, ids: Sequence[Any]) -> NDArray[np.int32]:

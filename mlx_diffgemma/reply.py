@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma.backends import Backend
-from mlx_diffgemma.causal import Token, causal
-from mlx_diffgemma.config import CausalConfig
+from mlx_diffgemma.causal import Token, causal, check_context
+from mlx_diffgemma.config import CausalConfig, GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.markup import Content, Part, Reasoning, ReplyParser, ToolCall
 from mlx_diffgemma.pipeline import DiffusionGemma, Statistics, sampling_options, statistics
 from mlx_diffgemma.prefix import Context, PrefixCache
-from mlx_diffgemma.sampler import Block, Draft, block_diffusion
+from mlx_diffgemma.sampler import Block, Draft, block_diffusion, check_lengths
 from mlx_diffgemma.settled import Front, Settled
 from mlx_diffgemma.tokenizer import Growing
 
@@ -54,6 +54,14 @@ class Reply:
 
 #: What :func:`reply` yields. Parts are stretches of text: several make up what a :class:`Reply` has whole.
 Event = Draft | Block | Token | Part | Reply
+
+
+def check_room(model: ModelConfig, config: GenerationConfig | CausalConfig, prompt: NDArray[np.int32]) -> None:
+    """Raise InputError where a prompt [1, N] leaves no room for the new tokens; :func:`reply` would say so only behind it."""
+    if isinstance(config, CausalConfig):
+        check_context(model, config, prompt, 0)
+    else:
+        check_lengths(model, config, prompt, 0, config.canvas_length or model.canvas_length)
 
 
 def reply(

@@ -100,15 +100,18 @@ class Tokenizer:
         # An unknown text gives the id of <unk>, or None where there is none.
         return token if isinstance(token, int) and self._backend.convert_ids_to_tokens(token) == text else None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, escape: bool = False) -> list[int]:
         """Ids of ``text``, with nothing added: the beginning-of-sequence token comes from the chat template.
 
-        Markup such as ``<|turn>`` in the text is read as the special token. Raises InputError for text that is not valid
-        Unicode (lone surrogates, as from a file name).
+        Markup such as ``<|turn>`` in the text is read as the special token, or with ``escape`` as plain text. Raises InputError
+        for text that is not valid Unicode (lone surrogates, as from a file name).
         """
         _check_unicode(text)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False)
-        return ids
+        return self._pieces(self._cut(text) if escape else text)
+
+    def _pieces(self, text: str) -> list[int]:
+        """Ids of the pieces that a text is cut into."""
+        return [token for piece in text.split(_CUT) for token in self._backend.encode(piece, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
         """Text for people: without padding, beginning, end and turn markers; tool calls and channels stay as written.
@@ -186,7 +189,7 @@ class Tokenizer:
         """
         options = template_options | {"add_generation_prompt": add_generation_prompt}
         text = self._render(messages, tools, options, escape=escape)
-        return [token for piece in (text.split(_CUT) if escape else [text]) for token in self.encode(piece)]
+        return self._pieces(text) if escape else self.encode(text)
 
     def _render(
         self,
@@ -212,8 +215,8 @@ class Tokenizer:
             text = self._backend.apply_chat_template(conversation, tools=schemas, tokenize=False, **options)
         except InputError:
             raise
-        # The last four are what Python raises inside of a template that calculates with values of the wrong form.
-        except (TemplateError, TypeError, ValueError, OverflowError, RecursionError) as refused:
+        # The last five are what Python raises inside of a template that calculates with values of the wrong form.
+        except (TemplateError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as refused:
             reason = str(refused).partition("\n")[0].replace(_CUT, "")
             raise InputError(f"the chat template refuses this conversation: {reason}") from refused
         return str(text)

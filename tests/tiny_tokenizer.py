@@ -1,7 +1,6 @@
 """A small but real tokenizer in a folder: Gemma 4's special tokens and BPE with byte fallback, at any vocabulary size."""
 
 import json
-import shutil
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
@@ -9,7 +8,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-CHAT_TEMPLATE = Path(__file__).parent / "data" / "chat_template.jinja"
+#: The chat template as released, in two generations, whose differences tests/data/template_cases.json has.
+CHAT_TEMPLATE = (Path(__file__).parent / "data" / "chat_template.jinja").read_text(encoding="utf-8")
+OLDER_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("set older = false", "set older = true")
 
 #: Gemma 4's special tokens and their ids in the released checkpoint; None is any free id.
 SPECIAL_TOKENS: dict[str, int | None] = {
@@ -82,8 +83,8 @@ CORPUS = [
 ]
 
 
-def write_tokenizer(folder: Path, vocab_size: int = 512, *, chat_template: bool = True) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; exactly ``vocab_size`` ids are in use.
+def write_tokenizer(folder: Path, vocab_size: int = 512, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, unless None, chat_template.jinja; exactly ``vocab_size`` ids are in use.
 
     From 512 on, special tokens have the released checkpoint's ids where these are in range; below, they are counted from 0.
     What characters and merges leave free is filled with ``<unusedN>``, as in Gemma's own vocabulary.
@@ -92,8 +93,8 @@ def write_tokenizer(folder: Path, vocab_size: int = 512, *, chat_template: bool 
     tokenizer = bpe(vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=1), encoding="utf-8")
-    if chat_template:
-        shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def bpe(vocab_size: int) -> Tokenizer:

@@ -14,7 +14,7 @@ import click
 from mlx_diffgemma.errors import DiffGemmaError
 
 #: Each is a module of this package that has a command of its own name; it is imported when it is called for.
-COMMANDS = ("generate", "infill", "revise", "demo", "info", "verify", "bench", "convert")
+COMMANDS = ("generate", "infill", "revise", "chat", "serve", "demo", "info", "verify", "bench", "convert")
 
 
 class _Failure(click.ClickException):

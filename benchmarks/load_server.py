@@ -1,0 +1,300 @@
+"""The server under load: the model in the box, 16 clients for half an hour, each answer held against the same request alone.
+
+    python benchmarks/load_server.py --minutes 30 --json benchmarks/results/load_server.json
+
+A client sends one request after the other, drawn from a fixed pool: chats of one to five turns and raw prompts, by diffusion and
+one token at a time, of up to 120 new tokens, some for several choices, with stop texts, as streams or not. One in ten of them
+leaves midway, and one in twenty is malformed and must be refused with its own status. What each should answer is computed
+beforehand by the library alone, on the same backend. The server's resident memory is sampled all along.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from mlx_diffgemma import DiffusionGemma, load
+from mlx_diffgemma.prefix import PrefixCache, read
+from mlx_diffgemma.reply import Reply, reply
+from mlx_diffgemma.sudoku import fresh_puzzle
+
+KEY = "load-test"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+CHAT = {"model": "sudoku", "messages": [{"role": "user", "content": "1"}]}
+
+#: Requests that are wrong, and the status each must get: method, path, body or bytes, headers.
+MALFORMED: list[tuple[int, str, str, Any, dict[str, str]]] = [
+    (400, "POST", "/v1/chat/completions", b'{"model": "sudoku", "messages": [', HEADERS),
+    (400, "POST", "/v1/chat/completions", {"model": "sudoku", "messages": []}, HEADERS),
+    (400, "POST", "/v1/chat/completions", {**CHAT, "temperature": 9}, HEADERS),
+    (400, "POST", "/v1/chat/completions", {**CHAT, "n": 0}, HEADERS),
+    (400, "POST", "/v1/completions", {"model": "sudoku", "prompt": "1" * 2000}, HEADERS),
+    (404, "POST", "/v1/chat/completions", {**CHAT, "model": "other"}, HEADERS),
+    (404, "GET", "/v1/nothing", None, HEADERS),
+    (405, "GET", "/v1/chat/completions", None, HEADERS),
+    (401, "POST", "/v1/chat/completions", CHAT, {}),
+    (413, "POST", "/v1/completions", {"model": "sudoku", "prompt": "1" * 2_000_000}, HEADERS),
+]  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A request, and what it answers when it is alone."""
+
+    path: str
+    body: dict[str, Any]
+    texts: list[str]
+    reasons: list[str]
+
+
+@dataclass
+class Tally:
+    """What the clients have seen."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    unsettled: int = 0  # streams that had shown a token which its block then changed, and say so
+    first_text: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+
+def make_cases(model: DiffusionGemma, count: int, rng: random.Random) -> list[Case]:
+    """Requests of mixed lengths and kinds, with their answers."""
+    cases = []
+    for seed in range(count):
+        options: dict[str, Any] = {"max_new_tokens": rng.choice([8, 40, 40, 80, 120])}
+        body: dict[str, Any] = {"model": "sudoku", "seed": seed, "max_tokens": options["max_new_tokens"]}
+        if rng.random() < 0.2:
+            body["mode"] = options["mode"] = "causal"
+        if rng.random() < 0.2:
+            body["stop"] = options["stop"] = [str(rng.randint(1, 6)) * 2]
+        if rng.random() < 0.2:
+            body["n"] = rng.randint(2, 3)
+        if rng.random() < 0.2:
+            path, text = "/v1/completions", "".join(rng.choices(".123456", k=rng.randint(5, 300)))
+            body["prompt"] = text
+            ids = model.prompt_ids([model.tokenizer.bos_token_id, *model.tokenizer.encode(text)])
+        else:
+            path, messages = "/v1/chat/completions", []
+            for _ in range(rng.choice([1, 1, 1, 2, 3, 5])):
+                puzzle = fresh_puzzle(6, rng.choice([10, 14, 20]), rng.randrange(1000))
+                messages += [
+                    {"role": "user", "content": puzzle.clues.text()},
+                    {"role": "assistant", "content": puzzle.solution.text()},
+                ]
+            body["messages"] = messages[:-1]
+            ids = model.prompt_ids(messages[:-1])
+        replies = [alone(model, ids, seed + choice, path, options) for choice in range(body.get("n", 1))]
+        cases.append(Case(path, body, [one.content for one in replies], [one.finish_reason for one in replies]))
+    return cases
+
+
+def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, options: dict[str, Any]) -> Reply:
+    context = read(model.backend, ids, PrefixCache(0), end_of_turn_id=model.tokenizer.end_of_turn_id)
+    *_, last = reply(model, context, seed=seed, markup="chat" in path, **options)
+    assert isinstance(last, Reply)
+    return last
+
+
+async def client(http: httpx.AsyncClient, cases: list[Case], until: float, tally: Tally, rng: random.Random) -> None:
+    while time.monotonic() < until:
+        if rng.random() < 0.05:
+            await send_malformed(http, tally, rng)
+            continue
+        case, leaving, stream = rng.choice(cases), rng.random() < 0.1, rng.random() < 0.6
+        try:
+            if stream:
+                await send_stream(http, case, leaving, tally, rng)
+            else:
+                await send_whole(http, case, leaving, tally, rng)
+        except httpx.HTTPError as error:
+            tally.wrong.append(f"{type(error).__name__}: {error}; {case.path} {json.dumps(case.body)[:300]}")
+
+
+async def send_malformed(http: httpx.AsyncClient, tally: Tally, rng: random.Random) -> None:
+    status, method, path, body, headers = rng.choice(MALFORMED)
+    content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    answer = await http.request(method, path, content=content, headers={**headers, "Content-Type": "application/json"})
+    tally.outcomes[f"refused with {answer.status_code}"] += 1
+    if answer.status_code != status or "error" not in answer.json():
+        tally.wrong.append(f"{answer.status_code} for a request that should get {status}: {method} {path}")
+
+
+async def send_whole(http: httpx.AsyncClient, case: Case, leaving: bool, tally: Tally, rng: random.Random) -> None:
+    started = time.monotonic()
+    request = asyncio.create_task(http.post(case.path, json=case.body, headers=HEADERS))
+    if leaving:
+        done, _ = await asyncio.wait([request], timeout=rng.uniform(0, 0.5))
+        if not done:
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            tally.outcomes["left"] += 1
+            return
+    answer = await request
+    if busy(answer, tally):
+        return
+    tally.whole.append(time.monotonic() - started)
+    choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+    texts = [choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices]
+    check(case, texts, [choice["finish_reason"] for choice in choices], tally)
+
+
+async def send_stream(http: httpx.AsyncClient, case: Case, leaving: bool, tally: Tally, rng: random.Random) -> None:
+    body = {**case.body, "stream": True}
+    if rng.random() < 0.3:
+        body["stream_options"] = {"include_usage": True, "drafts": rng.random() < 0.5}
+    started, first, events_left = time.monotonic(), None, rng.randint(0, 4) if leaving else None
+    texts, reasons, before = [""] * len(case.texts), [""] * len(case.texts), tally.unsettled
+    async with http.stream("POST", case.path, json=body, headers=HEADERS) as answer:
+        if answer.status_code != 200:
+            await answer.aread()
+            busy(answer, tally)
+            return
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            tally.unsettled += bool(event.get("diffgemma", {}).get("unsettled"))
+            if "error" in event:
+                tally.wrong.append(f"error event: {event['error']['message']}")
+                return
+            for choice in event["choices"]:
+                text = (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
+                first = first or (time.monotonic() - started if text else None)
+                texts[choice["index"]] += text
+                reasons[choice["index"]] = choice["finish_reason"] or reasons[choice["index"]]
+            if events_left is not None:
+                events_left -= 1
+                if events_left < 0:
+                    tally.outcomes["left"] += 1
+                    return
+    tally.whole.append(time.monotonic() - started)
+    if first is not None:
+        tally.first_text.append(first)
+    if tally.unsettled == before:
+        check(case, texts, reasons, tally)
+
+
+def busy(answer: httpx.Response, tally: Tally) -> bool:
+    """Whether there is no answer; that the queue is full is none of the server's faults, all else is."""
+    if answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1:
+        tally.outcomes["refused with 429"] += 1
+    elif answer.status_code != 200:
+        tally.wrong.append(f"{answer.status_code}: {answer.text[:200]}")
+    return answer.status_code != 200
+
+
+def check(case: Case, texts: list[str], reasons: list[str], tally: Tally) -> None:
+    tally.outcomes["answered"] += 1
+    if texts != case.texts or reasons != case.reasons:
+        tally.wrong.append(f"{texts} {reasons} for {case.texts} {case.reasons}: {json.dumps(case.body)[:300]}")
+
+
+async def sample_memory(pid: int, until: float, samples: list[tuple[float, float]]) -> None:
+    """Resident megabytes of the server, every 5 seconds."""
+    started = time.monotonic()
+    while time.monotonic() < until:
+        status = Path(f"/proc/{pid}/status").read_text()
+        kilobytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        samples.append((time.monotonic() - started, kilobytes / 1000))
+        await asyncio.sleep(5)
+
+
+async def run(
+    port: int, pid: int, cases: list[Case], clients: int, seconds: float
+) -> tuple[Tally, list[tuple[float, float]], str]:
+    tally, samples, until = Tally(), [], time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as http:
+        while True:
+            try:
+                await http.get("/health")
+                break
+            except httpx.ConnectError:
+                await asyncio.sleep(0.2)
+        await asyncio.gather(
+            sample_memory(pid, until, samples),
+            *(client(http, cases, until, tally, random.Random(number)) for number in range(clients)),
+        )
+        return tally, samples, (await http.get("/metrics", headers=HEADERS)).text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    cases = make_cases(load("sudoku", backend=arguments.backend, dtype="float32"), arguments.cases, random.Random(0))
+    print(f"{len(cases)} requests have been answered alone", file=sys.stderr)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).with_name("mlx-diffgemma"))
+    command = [program, "serve", "sudoku", "--port", str(port), "--backend", arguments.backend]
+    command += ["--dtype", "float32", "--cache-memory", "64MiB"]
+    environment = {**os.environ, "MLX_DIFFGEMMA_API_KEY": KEY}
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        tally, samples, metrics = asyncio.run(run(port, server.pid, cases, arguments.clients, 60 * arguments.minutes))
+    finally:
+        server.terminate()
+        status = server.wait(60)
+    report(arguments, tally, samples, metrics, status)
+
+
+def report(arguments: argparse.Namespace, tally: Tally, samples: list[tuple[float, float]], metrics: str, status: int) -> None:
+    settled = min(300.0, samples[-1][0] / 2)
+    after = np.array([sample for sample in samples if sample[0] >= settled])
+    slope = np.polyfit(after[:, 0], after[:, 1], 1)[0] * 3600 if len(after) > 2 else 0.0
+    kept = [line for line in metrics.splitlines() if line and not line.startswith("#") and "bucket" not in line]
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
+        "command": " ".join(sys.argv),
+        "minutes": arguments.minutes,
+        "clients": arguments.clients,
+        "outcomes": dict(tally.outcomes),
+        "wrong": len(tally.wrong),
+        "examples_of_wrong": tally.wrong[:10],
+        "unsettled_streams": tally.unsettled,
+        "seconds_whole": percentiles(tally.whole),
+        "seconds_to_first_text": percentiles(tally.first_text),
+        "memory_mb": {
+            "at_5_minutes": round(float(after[0, 1]), 1),
+            "highest_after": round(float(after[:, 1].max()), 1),
+            "at_the_end": round(float(after[-1, 1]), 1),
+            "growth_per_hour": round(float(slope), 2),
+        },
+        "exit_status_after_sigterm": status,
+        "metrics": kept,
+    }
+    print(json.dumps({name: value for name, value in result.items() if name != "metrics"}, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if tally.wrong or status:
+        sys.exit(1)
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{q}": round(float(np.percentile(seconds, q)), 3) for q in (50, 90, 95, 99, 100)} if seconds else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""``mlx-diffgemma serve``: one model for many clients, over HTTP as OpenAI speaks it."""
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_diffgemma.cli.options import backend_options, source_options
+from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.pipeline import load
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.server.engine import Engine
+
+#: Seconds that running requests have to finish their block when the server stops, and answers then to reach their clients.
+STOP_SECONDS, SEND_SECONDS = 30.0, 5
+#: Connections besides those whose requests are in progress or waiting; more are refused with status 503.
+SPARE_CONNECTIONS = 256
+#: What the extra brings.
+_PACKAGES = ("greenlet", "prometheus_client", "pydantic", "starlette", "uvicorn")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str) -> int:
+    """A size such as 512MiB, in bytes."""
+    written = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", value, re.ASCII | re.IGNORECASE)
+    if not written:
+        raise click.BadParameter(f"{value!r} is not a size such as 512MiB or 4GiB", context, option)
+    return int(written[1]) * _UNITS[written[2].upper()]
+
+
+@click.command(short_help="Serve a model over HTTP.")
+@source_options
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="N", help="0 takes a free one.")
+@click.option("--api-key", envvar="MLX_DIFFGEMMA_API_KEY", metavar="KEY", help="What clients must know; better in the variable.")
+@click.option("--no-api-key", is_flag=True, help="Let everybody in who can reach an ADDRESS that is not this machine's own.")
+@click.option("--served-name", metavar="NAME", help="What clients call the model.  [default: MODEL, of a folder its name]")
+@click.option("--parallel", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Requests at a time.")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, metavar="N", help="Requests that wait besides.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Canvases of several requests in one pass.  [default: 8 in float32; 1 in bfloat16, where more would change the tokens]",
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, metavar="SECONDS", help="For an answer."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, metavar="N", help="Of an answer, unless asked for."
+)
+@click.option("--max-prompt-tokens", type=click.IntRange(1), metavar="N", help="Of a prompt.  [default: what the context holds]")
+@click.option("--max-body", callback=_bytes, default="1MiB", show_default=True, metavar="SIZE", help="Of a request.")
+@click.option(
+    "--cache-memory", callback=_bytes, default="4GiB", show_default=True, metavar="SIZE", help="For keys and values kept."
+)
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="A site whose pages may use the server; may be repeated.")
+@backend_options
+def serve(
+    model: str,
+    revision: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    no_api_key: bool,
+    served_name: str | None,
+    parallel: int,
+    queue: int,
+    max_batch: int | None,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    **settings: Any,
+) -> None:
+    """Serve MODEL over HTTP, with the routes of OpenAI's API under /v1 and a page at /.
+
+    It listens on this machine only, unless --host says otherwise; other machines then need the --api-key. The first SIGTERM or
+    Ctrl-C ends it gracefully: requests in progress finish their block, new ones get status 503. The second one ends it at once.
+    """
+    missing = [package for package in _PACKAGES if not importlib.util.find_spec(package)]
+    if missing:
+        raise BackendError(f"the server needs {missing[0]}; try: pip install 'mlx-diffgemma[server]'")
+    if api_key is not None and (not api_key.isascii() or not api_key.strip()):
+        raise InputError("the API key must be ASCII, and not empty")
+    if not _is_local(host) and api_key is None and not no_api_key:
+        raise InputError(f"other machines can reach {host}: set --api-key, or say --no-api-key to let everybody in")
+    listener = _listener(host, port)
+    loaded = load(model, revision=revision, backend=backend, device=device, dtype=dtype)
+
+    from mlx_diffgemma.server.app import create_app
+    from mlx_diffgemma.server.engine import Engine
+    from mlx_diffgemma.server.settings import Settings
+
+    name = served_name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    origins = settings.pop("cors_origin")
+    hosts = (*_LOCAL, host) if _is_local(host) else ()
+    engine = Engine(loaded, parallel=parallel, queue=queue, max_batch=max_batch)
+    app = create_app(engine, Settings(name, api_key=api_key, cors_origins=origins, hosts=hosts, **settings))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("mlx_diffgemma").setLevel(logging.INFO)
+    engine.start()
+    _run(app, engine, listener, f"{name} is served at {_address(host, listener)}")
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host in _LOCAL or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, which may point anywhere
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as taken:
+        reason = os.strerror(taken.errno) if taken.errno and taken.errno > 0 else str(taken)
+        raise InputError(f"cannot listen on {host}, port {port}: {reason}; choose another with --port or --host") from None
+
+
+def _address(host: str, listener: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+
+
+def _run(app: Any, engine: "Engine", listener: socket.socket, ready: str) -> None:
+    """Serve until a signal comes and what it leaves is done."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        draining = False
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            click.echo(ready)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.draining:
+                os._exit(128 + sig)
+            self.draining = True
+            threading.Thread(target=self.drain, daemon=True).start()
+
+        def drain(self) -> None:
+            """Let the engine end while the server goes on to listen, so that new requests are told why they are refused."""
+            engine.stop(STOP_SECONDS)
+            self.should_exit = True
+
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the client is who is connected, not who a header says it is
+        limit_concurrency=engine.parallel + engine.queue + SPARE_CONNECTIONS,  # bounds the memory of bodies that are being read
+        timeout_graceful_shutdown=SEND_SECONDS,
+    )
+    Server(config).run(sockets=[listener])

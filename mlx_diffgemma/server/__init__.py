@@ -1,0 +1,1 @@
+"""A server for many clients at once: the extra ``mlx-diffgemma[server]``."""

@@ -1,0 +1,177 @@
+"""The routes that make the model work: each reads a request, has the engine answer it, and tells the answer."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.prefix import PrefixCache
+from mlx_diffgemma.reply import Event, Reply
+from mlx_diffgemma.sampler import Draft
+from mlx_diffgemma.server import schema
+from mlx_diffgemma.server.answers import Answer, ChatAnswer, CompletionAnswer, encoded, infill_answer, server_sent
+from mlx_diffgemma.server.engine import Engine
+from mlx_diffgemma.server.errors import ApiError
+from mlx_diffgemma.server.guards import LEFT, read_body
+from mlx_diffgemma.server.metrics import Metrics
+from mlx_diffgemma.server.questions import Question, chat_question, completion_question, infill_work, known_tokens
+from mlx_diffgemma.server.running import Left, Running
+from mlx_diffgemma.server.settings import Settings
+
+T = TypeVar("T")
+
+#: How long a client may take nothing of a stream before it counts as gone.
+SEND_SECONDS = 60.0
+#: Events of which a client is told something.
+_PARTS = (Reasoning, Content, ToolCall)
+
+
+class Generation:
+    """The routes, over one engine; keys and values are kept from request to request."""
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.kept = PrefixCache(settings.cache_memory)
+        metrics.watch(self.kept)
+        tokenizer = engine.model.tokenizer
+        self.cell = lru_cache(1 << 16)(lambda token: tokenizer.decode([token]))
+        self.preparing = asyncio.Semaphore(1)  # one prompt at a time: tokenizers are not made for several threads
+
+    async def chat(self, request: Request) -> Response:
+        chat = schema.chat_request(await self._body(request))
+        return await self._answered(request, chat_question, chat, ChatAnswer)
+
+    async def completions(self, request: Request) -> Response:
+        completion = schema.completion_request(await self._body(request))
+        return await self._answered(request, completion_question, completion, CompletionAnswer)
+
+    async def infill(self, request: Request) -> Response:
+        asked = schema.infill_request(await self._body(request))
+        self.settings.check_model(asked.options.model)
+        prompt_tokens = await self._prepared(known_tokens, asked)
+        try:
+            async with self._running(request, infill_work(self.engine.model, asked)) as running:
+                [filled] = [event async for event in running if event is not None]
+        except Left:
+            return self._left()
+        return _json(infill_answer(asked.options, self.settings.name, filled, prompt_tokens=prompt_tokens, between=asked.between))
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        return schema.read_json(await read_body(request, self.settings.max_body))
+
+    async def _prepared(self, prepare: Callable[..., T], *arguments: Any) -> T:
+        """What ``prepare`` makes of a model and the arguments; long texts do not keep the event loop waiting."""
+        async with self.preparing:
+            try:
+                return await asyncio.to_thread(prepare, self.engine.model, *arguments)
+            except InputError as wrong:
+                raise ApiError(400, str(wrong)) from None
+
+    def _running(self, request: Request, work: Callable[[], Iterator[T]]) -> Running[T]:
+        # The address of the connection, not what a header says: turns are shared by it.
+        client = request.client.host if request.client else ""
+        return Running(self.engine, work, request.receive, client=client, seconds=self.settings.timeout)
+
+    async def _answered(
+        self,
+        request: Request,
+        prepare: Callable[..., Question],
+        asked: schema.Chat | schema.Completion,
+        kind: type[Answer],
+    ) -> Response:
+        options = asked.options
+        self.settings.check_model(options.model)
+        question = await self._prepared(prepare, asked, self.settings)
+        answer = kind(options, self.settings.name, self.cell, len(question.seeds), options.n)
+        wanted = (*(_PARTS if options.stream else ()), *((Draft,) if options.drafts else ()), Reply)
+        running = self._running(request, partial(question.answered, self.engine, self.kept, wanted))
+        heard = self._listener(request, answer)
+        if options.stream:
+            return _EventStream(running, answer, heard, self._left)
+        try:
+            async with running:
+                async for item in running:
+                    if item is not None:
+                        heard(item[1])
+                        answer.chunks(*item)
+        except Left:
+            return self._left()
+        return _json(answer.whole())
+
+    def _listener(self, request: Request, answer: Answer) -> Callable[[Event], None]:
+        """Counts what a request's events tell."""
+        started, route, state = request.state.started, request.url.path, request.state
+        silent = True
+
+        def heard(event: Event) -> None:
+            nonlocal silent
+            if silent and isinstance(event, (*_PARTS, Reply)):
+                silent = False
+                self.metrics.first_text.labels(route).observe(time.perf_counter() - started)
+            if isinstance(event, Reply):
+                self.metrics.count(event)
+                before, new = getattr(state, "tokens", (0, 0))
+                state.tokens = (before + event.statistics.prompt_tokens, new + event.statistics.new_tokens)
+
+        return heard
+
+    def _left(self) -> Response:
+        self.metrics.cancellations.inc()
+        return Response(status_code=LEFT)
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return Response(encoded(content), media_type="application/json")
+
+
+class _EventStream(Response):
+    """An answer as it comes, by server-sent events."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        running: Running[tuple[int, Event]],
+        answer: Answer,
+        heard: Callable[[Event], None],
+        left: Callable[[], Any],
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]  # it ends when it ends
+        self.running, self.answer, self.heard, self.left = running, answer, heard, left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def put(body: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        def told(chunks: list[dict[str, Any]]) -> bytes:
+            return b"".join(map(server_sent, chunks))
+
+        try:
+            async with self.running:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await put(told(self.answer.opening()))
+                async for item in self.running:
+                    if item is None:
+                        await put(b": keep-alive\n\n")
+                        continue
+                    self.heard(item[1])
+                    if chunks := self.answer.chunks(*item):
+                        await put(told(chunks))
+            await put(told(self.answer.closing()) + b"data: [DONE]\n\n")
+        except ApiError as error:
+            scope["state"]["status"] = error.status
+            await put(server_sent(error.body()))
+        except (Left, TimeoutError):
+            scope["state"]["status"] = LEFT
+            self.left()
+            return
+        await put(b"", more=False)

@@ -1,0 +1,409 @@
+"""What a request may say: bodies of JSON, checked and turned into our own options.
+
+Three kinds of fields are told apart. Known ones are checked strictly. Those of OpenAI's whose meaning cannot be kept (a format
+of the answer, a penalty, an image) are refused, unless they ask for nothing. All others are ignored, and named in
+:attr:`Options.ignored`, which goes back with the answer.
+
+The first thing wrong is told as one line with the place of its field, as an :class:`~mlx_diffgemma.server.errors.ApiError`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.infill import LEAST, MARKER, MOST, Hole
+from mlx_diffgemma.server.errors import ApiError
+from mlx_diffgemma.server.messages import Message, Tool, check_conversation, template_messages
+
+#: How deep objects and lists may lie in one another: templates walk them with Python's own stack.
+MAX_DEPTH = 32
+#: Choices that a request may ask for, over all its prompts.
+MAX_CHOICES = 16
+#: Below this a temperature counts as 0, which is greedy: float32 logits divided by less may overflow.
+MIN_TEMPERATURE = 1e-3
+#: Ignored fields that are named.
+MAX_IGNORED = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer, whatever the question.
+
+    Attributes:
+        model: the name that the client calls the model by; None where it calls it by none.
+        mode: ``diffusion`` or ``causal``.
+        seed: of the first choice, 0 to 2^64 - 1; choice i takes seed + i. None for a fresh one.
+        stop: texts that end the answer, and are not part of it.
+        max_tokens: tokens to write at most; None for as many as the server allows.
+        temperature: 0 to 2; what it means depends on the mode, see :meth:`sampling`.
+        stream: answer by server-sent events; the four below are of those only.
+        include_usage: end the stream with the usage figures.
+        drafts: send every canvas as it is being denoised.
+        settled: send text as soon as the front of a canvas has settled, not a block at a time.
+        ignored: names of fields that had no effect.
+    """
+
+    model: str | None = None
+    mode: str = "diffusion"
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_denoising_steps: int | None = None
+    logprobs: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    drafts: bool = False
+    settled: bool = True
+    ignored: tuple[str, ...] = ()
+
+    def sampling(self, generation: GenerationConfig) -> dict[str, Any]:
+        """The sampler's options, without the length, over a checkpoint's own.
+
+        A temperature of 0 is greedy in both modes. In diffusion any other scales both ends of the checkpoint's schedule, so
+        that 1 is the checkpoint's own; in the causal mode it is the temperature.
+        """
+        if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
+            tempered: dict[str, Any] = {"greedy": True}
+        elif self.temperature is None:
+            tempered = {}
+        elif self.mode == "causal":
+            tempered = {"temperature": float(self.temperature), "greedy": False}
+        else:
+            scale = self.temperature
+            tempered = {"t_min": generation.t_min * scale, "t_max": generation.t_max * scale, "greedy": False}
+        if self.mode == "causal":
+            return {**tempered, "top_p": self.top_p, "top_k": self.top_k}
+        return {**tempered, "max_denoising_steps": self.max_denoising_steps}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation to be answered: messages and tools as the chat template reads them."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...]
+    thinking: bool
+    options: Options
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Texts, or token ids, to be gone on with."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    options: Options
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """A text with holes; ``template``, ``marker``, ``prompt``, ``raw`` and ``system`` as in
+    :meth:`mlx_diffgemma.editing.Editing.infill`. ``between`` tells that it was given as what is before and behind one hole."""
+
+    template: str | tuple[str | Hole, ...]
+    marker: str
+    prompt: str | tuple[dict[str, Any], ...] | None
+    raw: bool
+    system: str | None
+    between: bool
+    canvas_length: int | None
+    options: Options
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompts(value: Any) -> Any:
+    """A text or a list of token ids, as a list of one."""
+    is_ids = isinstance(value, list) and value and all(type(token) is int for token in value)
+    return [value] if isinstance(value, str) or is_ids else value
+
+
+def _prompt(value: Any) -> str | list[int]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(type(token) is int for token in value):
+        return value
+    raise PydanticCustomError("prompt", "a prompt must be a string or a list of token ids, and not empty")
+
+
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=16), BeforeValidator(_one_or_more)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    include_usage: bool | None = None
+    drafts: bool | None = None
+    settled: bool | None = None
+
+
+class _TemplateOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    enable_thinking: bool | None = None
+
+
+class _Body(BaseModel):
+    """What the bodies of all three routes share."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+    seed: Seed | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_denoising_steps: Count | None = None
+    stream: bool | None = None
+
+
+class _Generating(_Body):
+    """What chats and completions share."""
+
+    mode: Literal["diffusion", "causal"] = "diffusion"
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | None = None
+    max_tokens: Count | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: int | None = None
+    stream_options: _StreamOptions | None = None
+
+
+class _ChatBody(_Generating):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    chat_template_kwargs: _TemplateOptions | None = None
+    reasoning_effort: str | None = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _not_forced(cls, value: Any) -> Any:
+        if value is None or value in ("auto", "none"):
+            return value
+        raise PydanticCustomError("tool_choice", "a call cannot be forced; tool_choice must be auto or none")
+
+
+class _CompletionBody(_Generating):
+    prompt: Annotated[
+        list[Annotated[Any, BeforeValidator(_prompt)]], Field(min_length=1, max_length=MAX_CHOICES), BeforeValidator(_prompts)
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+
+
+class _InfillBody(_Body):
+    template: Text | None = None
+    marker: Annotated[str, Field(max_length=64)] = MARKER
+    prefix: str | None = None
+    suffix: str | None = None
+    min_hole_tokens: Count = LEAST
+    max_hole_tokens: Count = MOST
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    raw: bool = False
+    system: str | None = None
+    canvas_length: Count | None = None
+
+
+def _nothing(value: Any) -> bool:
+    return not value
+
+
+def _text_only(value: Any) -> bool:
+    return value in (None, ["text"], {"type": "text"})
+
+
+#: Fields of OpenAI's whose meaning we cannot keep: what they may say all the same, and why they may not say more.
+_UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "response_format": (_text_only, "only plain text can be promised so far"),
+    "modalities": (_text_only, "only text is supported"),
+    "audio": (_nothing, "only text is supported"),
+    "frequency_penalty": (_nothing, "penalties are not supported"),
+    "presence_penalty": (_nothing, "penalties are not supported"),
+    "logit_bias": (_nothing, "biases are not supported"),
+    "top_logprobs": (_nothing, "only the written tokens have log-probabilities"),
+    "functions": (_nothing, "use tools instead"),
+    "function_call": (lambda value: value in (None, "auto", "none"), "use tools instead"),
+    "web_search_options": (lambda value: value is None, "there is no web search"),
+}
+_UNSUPPORTED_IN_COMPLETIONS = _UNSUPPORTED | {
+    "suffix": (_nothing, "use /v1/infill, which takes a prefix and a suffix"),
+    "echo": (_nothing, "the prompt is not repeated"),
+    "best_of": (lambda value: value in (None, 1), "ask for more choices with n"),
+}
+_UNSUPPORTED_IN_INFILLS = _UNSUPPORTED | {
+    "stream": (_nothing, "the lengths of the holes are known in the end only"),
+    "n": (lambda value: value in (None, 1), "all lengths that were tried are in the answer"),
+    "mode": (lambda value: value in (None, "diffusion"), "holes are filled by diffusion"),
+}
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body; refuses what is none, lies too deep, or holds numbers or text that are none."""
+    try:
+        content = from_json(body, allow_inf_nan=False)
+    except ValueError as wrong:
+        raise ApiError(400, f"the body is not JSON: {wrong}") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    check_values(content)
+    return content
+
+
+def check_values(content: Any) -> None:
+    """Refuse what lies deeper than :data:`MAX_DEPTH`, and numbers too large for a float."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        if any(isinstance(value, float) and not math.isfinite(value) for value in level):
+            raise ApiError(400, "the body holds a number that is out of range")
+        inner = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list))
+        level = [value for values in inner for value in values]
+        if not level:
+            return
+    raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep")
+
+
+def chat_request(content: dict[str, Any]) -> Chat:
+    """The body of ``/v1/chat/completions``."""
+    body = _parsed(_ChatBody, content, _UNSUPPORTED)
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; leave out one", param="max_tokens")
+    check_conversation(body.messages)
+    ignored = [] if body.parallel_tool_calls is not False else ["parallel_tool_calls"]
+    thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+    if thinking is None:
+        thinking = body.reasoning_effort not in (None, "none")
+    tools = [] if body.tool_choice == "none" else body.tools or []
+    return Chat(
+        messages=template_messages(body.messages),
+        tools=tuple(tool.for_template() for tool in tools),
+        thinking=thinking,
+        options=_options(body, body.max_completion_tokens or body.max_tokens, bool(body.logprobs), ignored),
+    )
+
+
+def completion_request(content: dict[str, Any]) -> Completion:
+    """The body of ``/v1/completions``."""
+    body = _parsed(_CompletionBody, content, _UNSUPPORTED_IN_COMPLETIONS)
+    if (body.n or 1) * len(body.prompt) > MAX_CHOICES:
+        message = f"{len(body.prompt)} prompts with {body.n} choices each are too many; {MAX_CHOICES} texts a request at most"
+        raise ApiError(400, message, param="n")
+    prompts = (prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompt)
+    return Completion(tuple(prompts), _options(body, body.max_tokens, body.logprobs is not None, []))
+
+
+def infill_request(content: dict[str, Any]) -> Infilling:
+    """The body of ``/v1/infill``."""
+    body = _parsed(_InfillBody, content, _UNSUPPORTED_IN_INFILLS)
+    between = body.template is None
+    if between == (body.prefix is None and body.suffix is None):
+        raise ApiError(400, "give either a template with holes, or a prefix and a suffix", param="template")
+    if body.prompt is not None and body.messages is not None:
+        raise ApiError(400, "give a prompt or messages, or neither", param="prompt")
+    if body.raw and (body.messages is not None or body.system is not None):
+        raise ApiError(400, "a raw text has no chat: leave out raw, or messages and system", param="raw")
+    if body.min_hole_tokens > body.max_hole_tokens:
+        raise ApiError(400, "min_hole_tokens exceeds max_hole_tokens", param="min_hole_tokens")
+    template: str | tuple[str | Hole, ...] = body.template or ""
+    if between:
+        hole = Hole(body.min_hole_tokens, body.max_hole_tokens)
+        template = tuple(part for part in (body.prefix or "", hole, body.suffix or "") if part)
+    if body.messages is not None:
+        check_conversation(body.messages)
+    options = Options(
+        model=body.model,
+        seed=_seed(body.seed),
+        temperature=body.temperature,
+        max_denoising_steps=body.max_denoising_steps,
+        ignored=tuple(_ignored(body))[:MAX_IGNORED],
+    )
+    prompt = body.prompt if body.messages is None else template_messages(body.messages)
+    return Infilling(template, body.marker, prompt, body.raw, body.system, between, body.canvas_length, options)
+
+
+def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored: Sequence[str]) -> Options:
+    stream = body.stream_options or _StreamOptions()
+    causal = body.mode == "causal"
+    top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None  # others write 0 or -1 for all
+    without_effect = {
+        "top_p": not causal and body.top_p not in (None, 1),
+        "top_k": not causal and top_k is not None,
+        "max_denoising_steps": causal and body.max_denoising_steps is not None,
+    }
+    names = [*ignored, *(name for name, has_none in without_effect.items() if has_none), *_ignored(body)]
+    return Options(
+        model=body.model,
+        mode=body.mode,
+        n=body.n or 1,
+        seed=_seed(body.seed),
+        stop=tuple(body.stop or ()),
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=top_k,
+        max_denoising_steps=body.max_denoising_steps,
+        logprobs=logprobs,
+        stream=bool(body.stream),
+        include_usage=bool(stream.include_usage),
+        drafts=bool(stream.drafts) and bool(body.stream),
+        settled=stream.settled is not False,
+        ignored=tuple(names)[:MAX_IGNORED],
+    )
+
+
+def _seed(seed: int | None) -> int | None:
+    """OpenAI's seeds are signed; ours are the same bits without a sign."""
+    return None if seed is None else seed % 2**64
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def _parsed(kind: type[Body], content: Mapping[str, Any], unsupported: Mapping[str, tuple[Callable[[Any], bool], str]]) -> Body:
+    for name, (asks_nothing, reason) in unsupported.items():
+        if name in content and not asks_nothing(content[name]):
+            raise ApiError(400, f"{name} is not supported: {reason}", param=name, code="unsupported_value")
+    try:
+        return kind.model_validate({name: value for name, value in content.items() if name not in unsupported})
+    except ValidationError as wrong:
+        first = wrong.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = _place(first["loc"])
+        raise ApiError(400, f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=param) from None
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """A place in a body as it is written in JavaScript: ``messages[0].content``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
+
+
+def _ignored(model: BaseModel, prefix: str = "") -> Iterator[str]:
+    """The fields of a body that its model does not know, those inside of known ones included, each named once."""
+    seen = set()
+    for name in _unknown(model, prefix):
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+def _unknown(model: BaseModel, prefix: str) -> Iterator[str]:
+    yield from (prefix + name for name in model.model_extra or {})
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        parts = value if isinstance(value, list) else [value]
+        for part in parts:
+            if isinstance(part, BaseModel):
+                yield from _unknown(part, f"{prefix}{name}{'[]' if isinstance(value, list) else ''}.")
