@@ -158,7 +158,7 @@ class Backend(Protocol):
 
 
 def check_tokens(tokens: NDArray[np.int32], config: ModelConfig, *, cached: int = 0) -> None:
-    """Raise InputError unless ``tokens`` is [B, N] with every id in the vocabulary, and with N at least 1 after an empty cache."""
+    """Raise InputError unless ``tokens`` is [B, N], N at least 1 after an empty cache, with every id in the vocabulary."""
     if tokens.ndim == 2 and len(tokens) and not tokens.size and cached:
         return
     if tokens.ndim != 2 or not tokens.size:

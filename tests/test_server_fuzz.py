@@ -121,7 +121,7 @@ def test_no_body_is_a_bug(client: httpx.Client) -> None:
 
     ask()
     print(statuses)
-    assert statuses[200] > 10 < statuses[400]
+    assert statuses[200] and statuses[400], "both kinds were tried"
 
 
 @pytest.mark.parametrize("path", PATHS)
