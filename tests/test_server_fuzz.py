@@ -121,7 +121,7 @@ def test_no_body_is_a_bug(client: httpx.Client) -> None:
 
     ask()
     print(statuses)
-    assert statuses[200] and statuses[400], "both kinds were tried"
+    assert min(statuses[200], statuses[400]) > 0, "both kinds were tried"
 
 
 @pytest.mark.parametrize("path", PATHS)
