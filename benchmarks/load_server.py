@@ -113,12 +113,12 @@ def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, options: dict[s
 
 async def client(http: httpx.AsyncClient, cases: list[Case], until: float, tally: Tally, rng: random.Random) -> None:
     while time.monotonic() < until:
-        if rng.random() < 0.05:
-            await send_malformed(http, tally, rng)
-            continue
+        malformed = rng.random() < 0.05
         case, leaving, stream = rng.choice(cases), rng.random() < 0.1, rng.random() < 0.6
         try:
-            if stream:
+            if malformed:
+                await send_malformed(http, tally, rng)
+            elif stream:
                 await send_stream(http, case, leaving, tally, rng)
             else:
                 await send_whole(http, case, leaving, tally, rng)

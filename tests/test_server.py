@@ -5,6 +5,7 @@ import http.client
 import json
 import logging
 import re
+import select
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -278,6 +279,20 @@ def test_bodies_that_are_none(babbler: Served) -> None:
             yield b" " * 1000
 
     assert httpx.post(url, content=chunks(), headers={"Content-Type": "application/json"}).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status"), [("completions", "application/json", 413), ("completions", "text/plain", 415), ("no", "x/y", 404)]
+)
+def test_who_is_refused_while_still_writing_is_told_so(babbler: Served, path: str, kind: str, status: int) -> None:
+    """Closed before it has written all, a connection is reset, and some clients then lose what they were answered."""
+    size = 200_000
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(babbler.url.rpartition(":")[2])), timeout=SECONDS) as connection:
+        connection.sendall(head.encode() + b" " * (size // 2))
+        assert select.select([connection], [], [], 0.2) == ([], [], []), "the answer waits for the end of the body"
+        connection.sendall(b" " * (size // 2))
+        assert connection.recv(1000).startswith(f"HTTP/1.1 {status}".encode())
 
 
 def test_the_key_the_host_and_the_headers(chat_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -19,8 +20,8 @@ log = logging.getLogger("mlx_diffgemma.server")
 
 #: The client has left: no status of HTTP, and never sent, but counted.
 LEFT = 499
-#: What a client has to send its body within.
-BODY_SECONDS = 30.0
+#: What a client has to send its body within; and the rest of one that is refused before it is read.
+BODY_SECONDS, REFUSED_BODY_SECONDS = 30.0, 5.0
 
 #: The page uses its own script and style, and talks to its own server; nothing else, and nothing of it in a frame.
 _HEADERS = {
@@ -55,12 +56,24 @@ class Observed:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), LEFT  # as long as nothing is answered
+        unread = True  # there may be more of the body
         state = scope.setdefault("state", {})
         state["started"] = started
+
+        async def received() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message["type"] == "http.request" and message.get("more_body", False)
+            return message
 
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                # A connection that is closed on a client still writing is reset, and what it was answered is lost with it.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(REFUSED_BODY_SECONDS):
+                        while unread:
+                            await received()
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
@@ -68,7 +81,7 @@ class Observed:
             await send(message)
 
         try:
-            await self.app(scope, receive, observed)
+            await self.app(scope, received, observed)
         except ClientDisconnect:
             status = LEFT  # in the middle of its own body
         except Exception as error:  # noqa: BLE001 (a bug must not end the server, and its text must not reach the client)
