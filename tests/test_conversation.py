@@ -1,6 +1,7 @@
 """Conversations: what is kept over turns changes nothing but the work, and no markup reaches what a person reads."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import edit_json, make_chat_checkpoint
 from fake import FakeCache
+from tiny_tokenizer import OLDER_CHAT_TEMPLATE
 
 from mlx_diffgemma import DiffusionGemma, InputError, load
 from mlx_diffgemma.backends import Denoised
@@ -179,9 +181,13 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "Look
 CALL = '<|tool_call>call:weather{city:<|"|>Paris {1}<|"|>}<tool_call|>'
 
 
+@pytest.mark.parametrize("template", ["newer", "older"])
 @pytest.mark.parametrize("canvas_length", [1, 3, 7, 8])
-def test_thoughts_and_calls_over_canvases(chat_folder: Path, canvas_length: int) -> None:
+def test_thoughts_and_calls_over_canvases(chat_folder: Path, canvas_length: int, template: str, tmp_path: Path) -> None:
     """Markers are cut by the ends of canvases; the tool's answer goes back, and nothing is encoded twice."""
+    if template == "older":
+        chat_folder = shutil.copytree(chat_folder, tmp_path / "older")
+        (chat_folder / "chat_template.jinja").write_text(OLDER_CHAT_TEMPLATE)
     model, backend = scripted(chat_folder, f"<|channel>thought\nParis it is.\n<channel|>{CALL}{CALL}<|tool_response>")
     conversation = Conversation(model, tools=[TOOL], thinking=True)
     events = say(model, backend, conversation, "Weather?", canvas_length=canvas_length, settled=Settled(steps=1))
@@ -197,7 +203,8 @@ def test_thoughts_and_calls_over_canvases(chat_folder: Path, canvas_length: int)
     assert message["reasoning_content"] == "Paris it is."
     assert [c["id"] for c in message["tool_calls"]] == ["call_0", "call_1"]
 
-    backend.text = model.tokenizer.encode("Twice.<channel|>Sunny.<turn|>")  # the template opens the thought
+    opened = "" if template == "newer" else "<|channel>thought\n"  # the newer template opens the thought itself
+    backend.text = model.tokenizer.encode(f"{opened}Twice.<channel|>Sunny.<turn|>")
     conversation.messages.append({"role": "tool", "tool_call_id": "call_0", "content": "20 C"})
     second = say(
         model, backend, conversation, {"role": "tool", "tool_call_id": "call_1", "content": "20 C"}, canvas_length=canvas_length
