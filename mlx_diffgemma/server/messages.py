@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
 from mlx_diffgemma.server.errors import ApiError
@@ -86,14 +86,6 @@ class _Function(BaseModel):
     name: Annotated[str, _NAME]
     description: str | None = None
     parameters: Annotated[dict[str, Any], BeforeValidator(_schema)] | None = None
-    strict: bool | None = None
-
-    @field_validator("strict")
-    @classmethod
-    def _not_strict(cls, value: bool | None) -> bool | None:
-        if value:
-            raise PydanticCustomError("strict", "arguments cannot be promised to follow the schema; leave out strict")
-        return value
 
 
 class Tool(BaseModel):
