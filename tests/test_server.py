@@ -23,8 +23,10 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.conversation import Conversation
 from mlx_diffgemma.infill import Hole
 from mlx_diffgemma.reply import Reply
-from mlx_diffgemma.server import guards, running
+from mlx_diffgemma.server import generation, guards, running
+from mlx_diffgemma.server.app import create_app
 from mlx_diffgemma.server.mailbox import Mailbox
+from mlx_diffgemma.server.settings import Settings
 from mlx_diffgemma.sudoku import fresh_puzzle
 
 PUZZLES = [fresh_puzzle(6, 14, seed).clues.text() for seed in range(2)]
@@ -393,6 +395,38 @@ def test_bodies_that_do_not_arrive(babbler: Served, monkeypatch: pytest.MonkeyPa
         connection.sendall(head)
     until(lambda: any("/v1/completions 499" in record.getMessage() for record in caplog.records))
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_who_takes_nothing_of_a_stream_has_left(endless: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "SEND_SECONDS", 0.05)
+    with serving(endless.model) as served:
+        body = json.dumps({"messages": USER, "stream": True}).encode()
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "client": ("x", 1)}
+        headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+        sent: list[str] = []
+
+        async def ask() -> None:
+            requests = iter([{"type": "http.request", "body": body}])
+
+            async def receive() -> Any:
+                return next(requests, None) or await asyncio.Event().wait()
+
+            async def send(message: Any) -> None:
+                sent.append(message["type"])
+                if message["type"] == "http.response.body":
+                    await asyncio.Event().wait()  # the connection's buffers are full
+
+            await create_app(served.engine, Settings("tiny"))(scope | {"headers": headers}, receive, send)
+
+        asyncio.run(ask())
+        assert sent == ["http.response.start", "http.response.body"]
+        until(lambda: served.engine.running == 0)
+
+
+def test_a_prompt_longer_than_the_operator_allows(chat_folder: Path) -> None:
+    with serving(load(chat_folder), max_prompt_tokens=3) as served:
+        error = served.post("completions", {"prompt": "one two three four"}).json()["error"]
+        assert (error["code"], served.post("completions", {"prompt": "1"}).status_code) == ("context_length_exceeded", 200)
 
 
 def test_a_slow_reader_loses_drafts_and_no_text() -> None:

@@ -70,11 +70,11 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 # A connection that is closed on a client still writing is reset, and what it was answered is lost with it.
+                status = message["status"]
                 with suppress(TimeoutError):
                     async with asyncio.timeout(REFUSED_BODY_SECONDS):
-                        while unread:
+                        while unread and status != 408:  # one that does not come has been waited for
                             await received()
-                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers[name] = value
