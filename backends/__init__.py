@@ -80,12 +80,18 @@ class Cache(Protocol):
 
 
 class Backend(Protocol):
-    """One loaded checkpoint on one framework and device."""
+    """One loaded checkpoint on one framework and device.
+
+    Attributes:
+        exact_rows: a row of a batch comes out bit for bit as it would alone. Elsewhere it is rounded by another order of sums, by
+            about 1e-6 in float32, which a canvas that does not settle can blow up into other tokens.
+    """
 
     name: str
     device: str
     dtype: str
     config: ModelConfig
+    exact_rows: bool
 
     def new_cache(self, batch_size: int = 1) -> Cache:
         """An empty cache for ``batch_size`` rows."""

@@ -25,7 +25,7 @@ class FakeBackend:
 
     script: Callable[[int, int, NDArray[np.int32]], Answer]
     config: ModelConfig = MODEL
-    name, device, dtype = "fake", "none", "none"
+    name, device, dtype, exact_rows = "fake", "none", "none", True
     encoded: list[NDArray[np.int32]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
 

@@ -44,7 +44,7 @@ class Scripted:
     calls: list[tuple[str, list[int]]] = field(default_factory=list)
     joined: list[Rows] = field(default_factory=list)
     config = MODEL
-    name, device, dtype = "scripted", "none", "float32"
+    name, device, dtype, exact_rows = "scripted", "none", "float32", True
     logits = peak_memory = None
 
     def new_cache(self, batch_size: int = 1) -> Rows:

@@ -79,7 +79,7 @@ class Scripted:
     gate: threading.Event = field(default_factory=threading.Event)
     steps: int = 0
     seconds: float = 0.0  # that a step takes
-    name, device, dtype = "scripted", "none", "float32"
+    name, device, dtype, exact_rows = "scripted", "none", "float32", True
 
     def __post_init__(self) -> None:
         self.config = self.checkpoint.config

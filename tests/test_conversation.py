@@ -137,7 +137,7 @@ class Scripted:
     config: ModelConfig
     text: list[int]
     steps: list[list[int]] = field(default_factory=list)
-    name, device, dtype = "scripted", "none", "float32"
+    name, device, dtype, exact_rows = "scripted", "none", "float32", True
     _step: int = 0
 
     def new_cache(self, batch_size: int = 1) -> FakeCache:

@@ -114,11 +114,11 @@ def test_equal_steps_are_one_pass(bench: Callable[..., Bench]) -> None:
     assert len(it.backend.joined) == 2, "the same caches were joined again"
 
 
-def test_in_bfloat16_nothing_is_batched() -> None:
+def test_what_is_not_exact_is_not_batched() -> None:
     model = DiffusionGemma(None, Scripted())  # type: ignore[arg-type]
     model.tokenizer = None  # type: ignore[assignment]
     assert Engine(model).max_batch == 8
-    model.backend.dtype = "bfloat16"
+    model.backend.exact_rows = False
     assert Engine(model).max_batch == 1
 
 
@@ -172,8 +172,9 @@ def test_a_long_prompt_takes_a_turn_a_chunk(bench: Callable[..., Bench]) -> None
 
 @pytest.mark.parametrize("before", [0, 1, 21])
 def test_joined_rows_are_each_by_itself(backend: Callable[..., Backend], backend_name: str, before: int) -> None:
-    """``before`` positions are cached; 21 are more than a window."""
+    """``before`` positions are cached; 21 are more than a window. Where rows are said to be exact, they are, to the bit."""
     it = backend(backend_name, "odd_sizes")
+    tolerance = 0.0 if it.exact_rows else 1e-4
     rows, length, random = (1, 2, 1), it.config.canvas_length, np.random.default_rng(before)
     caches = [it.new_cache(count) for count in rows]
     if before:
@@ -204,13 +205,13 @@ def test_joined_rows_are_each_by_itself(backend: Callable[..., Backend], backend
         for span, result in zip(spans, alone, strict=True):
             assert (together.argmax[span] == result.argmax).all()
             assert (together.sampled[span] == result.sampled).all()
-            assert_close(together.entropy[span], result.entropy, 1e-4, f"entropy of rows {span} in step {step}")
+            assert_close(together.entropy[span], result.entropy, tolerance, f"entropy of rows {span} in step {step}")
     it.encode(together.argmax, joined)
     assert [len(cache) for cache in caches] == [before] * 3, "they do not go on with it"
     for span, cache in zip(spans, caches, strict=True):
         it.encode(together.argmax[span], cache)
     expected = np.concatenate([it.encode(canvas[span], cache, logits=True) for span, cache in zip(spans, caches, strict=True)])
-    assert_close(it.encode(canvas, joined, logits=True), expected, 1e-3, "logits after more tokens")
+    assert_close(it.encode(canvas, joined, logits=True), expected, 10 * tolerance, "logits after more tokens")
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +221,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_requests_at_once_write_what_they_write_alone(chat: Path, backend_name: str) -> None:
     model = load(chat, backend=backend_name, device="cpu", dtype="float32")
-    engine = Engine(model, parallel=9)
+    engine = Engine(model, parallel=9, max_batch=8)
     prompts = [list(range(300 + 7 * k, 300 + 7 * k + n)) for k, n in enumerate((4, 4, 4, 3, 1, 4, 4))]
     options: list[dict[str, Any]] = [{"seed": seed} for seed in range(7)]
     options[3] |= {"mode": "causal", "max_new_tokens": 6}
@@ -282,7 +283,7 @@ def test_requests_at_once_write_what_they_write_alone(chat: Path, backend_name: 
 def test_choices_of_a_request_solve_a_puzzle_as_alone(backend_name: str) -> None:
     """The trained model. All the choices of both requests are one batch, as long as none has finished."""
     model = load("sudoku", backend=backend_name, device="cpu", dtype="float32")
-    engine, inboxes = Engine(model), [Inbox(), Inbox()]
+    engine, inboxes = Engine(model, max_batch=8), [Inbox(), Inbox()]
     puzzles, seeds = [fresh_puzzle(6, 20, seed) for seed in (1, 2)], range(3)
     expected = [[model.generate(puzzle.clues.text(), seed=seed) for seed in seeds] for puzzle in puzzles]
 

@@ -333,7 +333,12 @@ def test_the_key_the_host_and_the_headers(chat_folder: Path, caplog: pytest.LogC
         body = {"messages": [{"role": "user", "content": "a secret word"}], "secret_field": 1}
         assert served.post("chat/completions", body, headers=key).json()["choices"][0]["message"]["content"] == "Blue."
         httpx.get(f"{served.url}/secret%0apath?secret=1", headers=key)
-        lines = [record.getMessage() for record in caplog.records if record.name.startswith("mlx_diffgemma")]
+
+        def logged() -> list[str]:
+            return [record.getMessage() for record in caplog.records if record.name.startswith("mlx_diffgemma")]
+
+        until(lambda: any("404" in line for line in logged()))  # a line is written behind the answer
+        lines = logged()[-2:]  # one of an earlier request may have come late
         print(lines)
         assert not [line for line in lines if "secret" in line]
         assert [line.split(" in ")[0] for line in lines] == ["POST /v1/chat/completions 200", "GET (unknown) 404"]

@@ -70,6 +70,7 @@ class MlxBackend:
         self.model, self.config = model, model.config
         self.device, self.dtype = device.name, dtype
         self._place = device
+        self.exact_rows = device.name == "cpu"  # on Apple's GPUs it has not been measured
 
     def new_cache(self, batch_size: int = 1) -> Cache:
         return Cache(self.config, batch_size)

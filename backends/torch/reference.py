@@ -77,7 +77,7 @@ class ReferenceBackend:
     name, device = "reference", "cpu"
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: str) -> None:
-        self.model, self.config, self.dtype = model, checkpoint.config, dtype
+        self.model, self.config, self.dtype, self.exact_rows = model, checkpoint.config, dtype, False
 
     def new_cache(self, batch_size: int = 1) -> ReferenceCache:
         return ReferenceCache(self.model.config.get_text_config(decoder=True))

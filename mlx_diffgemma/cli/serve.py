@@ -51,7 +51,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str) -> int:
     "--max-batch",
     type=click.IntRange(1),
     metavar="N",
-    help="Canvases of several requests in one pass.  [default: 8 in float32; 1 in bfloat16, where more would change the tokens]",
+    help="Canvases of several requests in one pass.  [default: 8 where that changes no token, else 1]",
 )
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, metavar="SECONDS", help="For an answer."

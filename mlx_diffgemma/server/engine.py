@@ -126,8 +126,8 @@ class Engine:
     Args:
         parallel: requests in progress at a time; each holds its keys and values.
         queue: requests that wait besides.
-        max_batch: rows in a pass of several requests. By default 8 in float32 and 1 otherwise: in bfloat16 the rounding of a
-            matrix product depends on its number of rows, so that a request's tokens would depend on the others.
+        max_batch: rows in a pass of several requests. By default 8 where a batch is exact
+            (:class:`~mlx_diffgemma.backends.Backend`), and 1 elsewhere: a request's tokens must not depend on its neighbours.
 
     Attributes:
         model: the same model over the shared backend, for the work that is submitted; elsewhere its calls raise RuntimeError.
@@ -137,7 +137,7 @@ class Engine:
 
     def __init__(self, model: DiffusionGemma, *, parallel: int = 8, queue: int = 64, max_batch: int | None = None) -> None:
         self.parallel, self.queue = parallel, queue
-        self.max_batch = max_batch or (8 if model.backend.dtype == "float32" else 1)
+        self.max_batch = max_batch or (8 if model.backend.exact_rows else 1)
         self.model = DiffusionGemma(model.checkpoint, SharedBackend(model.backend, self._ask))
         self.model.tokenizer = model.tokenizer
         self.stopping = False

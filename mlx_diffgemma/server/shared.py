@@ -81,6 +81,7 @@ class SharedBackend:
 
     def __init__(self, backend: Backend, ask: Callable[[Call], Any]) -> None:
         self.name, self.device, self.dtype, self.config = backend.name, backend.device, backend.dtype, backend.config
+        self.exact_rows = backend.exact_rows
         self.new_cache, self.logits, self.peak_memory = backend.new_cache, backend.logits, backend.peak_memory
         self._ask = ask
 
