@@ -17,6 +17,7 @@ import torch
 import transformers
 from numpy.typing import ArrayLike
 from reference import SHAPES, Reference, make_checkpoint
+from scheduling import bench, clock  # noqa: F401 (fixtures)
 
 from mlx_diffgemma.backends import NAMES, Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint

@@ -43,13 +43,6 @@ class FakeBackend:
         return Denoised(*self.script(block, step, canvas), self_conditioning=(block, step))
 
 
-class Cached(list[int]):
-    """Positions; a copy goes on for itself."""
-
-    def repeated(self, rows: int) -> "Cached":
-        return Cached(self)
-
-
 class Marked(list[int]):
     """What a fake cache holds, at 10 bytes a position."""
 
@@ -80,8 +73,8 @@ class EditingFake(FakeBackend):
     canvas: Callable[[NDArray[np.int32]], Any] = np.zeros_like
     scored: list[NDArray[np.int32]] = field(default_factory=list)
 
-    def new_cache(self, batch_size: int = 1) -> Cached:
-        return Cached()
+    def new_cache(self, batch_size: int = 1) -> FakeCache:
+        return FakeCache()
 
     def denoise(self, canvas: NDArray[np.int32], cache: list[int], **given: Any) -> Denoised:
         answer, frozen = super().denoise(canvas, cache, **given), given["frozen"]

@@ -4,14 +4,17 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from fake import MODEL
 from numpy.typing import NDArray
 
 from mlx_diffgemma import DiffusionGemma
 from mlx_diffgemma.backends import Denoised
+from mlx_diffgemma.server import engine as engine_module
 from mlx_diffgemma.server.engine import Engine, Finished, Job
 
 WIDTH, SECONDS = 4, 20.0  # of a canvas; to wait for what must come
@@ -132,8 +135,9 @@ class Bench:
         return self.engine.submit(lambda: self.steps(token, **options), inbox, client=client, seconds=seconds), inbox
 
 
-def benches() -> Iterator[Callable[..., Bench]]:
-    """A maker of benches, as a fixture; their engines are stopped in the end."""
+@pytest.fixture
+def bench() -> Iterator[Callable[..., Bench]]:
+    """A maker of benches; their engines are stopped in the end."""
     made = []
 
     def make(**options: Any) -> Bench:
@@ -143,3 +147,11 @@ def benches() -> Iterator[Callable[..., Bench]]:
     yield make
     for each in made:
         each.engine.stop(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The engine's clock, which stands still but for ``clock.now``."""
+    made = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made

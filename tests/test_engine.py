@@ -16,27 +16,13 @@ import pytest
 from checkpoints import make_chat_checkpoint
 from conftest import assert_close
 from fake import MODEL
-from scheduling import SECONDS, Bench, Inbox, Scripted, benches
+from scheduling import SECONDS, Bench, Inbox, Scripted
 
 from mlx_diffgemma import DiffusionGemma, Generation, load, noise
 from mlx_diffgemma.backends import PREFILL_CHUNK, Backend
 from mlx_diffgemma.sampler import Draft
-from mlx_diffgemma.server import engine as engine_module
 from mlx_diffgemma.server.engine import Busy, Cancelled, Engine, Finished
 from mlx_diffgemma.sudoku import fresh_puzzle
-
-
-@pytest.fixture
-def bench() -> Iterator[Callable[..., Bench]]:
-    yield from benches()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The engine's clock, which stands still but for ``clock.now``."""
-    made = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: made.now))
-    return made
 
 
 def test_events_in_order_and_one_end(bench: Callable[..., Bench]) -> None:

@@ -10,24 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from fake import MODEL
-from scheduling import SECONDS, WIDTH, Bench, Inbox, Rows, benches
+from scheduling import SECONDS, WIDTH, Bench, Inbox, Rows
 
 from mlx_diffgemma import InputError
-from mlx_diffgemma.server import engine as engine_module
 from mlx_diffgemma.server.engine import Cancelled, Finished, Stopping, TimedOut
-
-
-@pytest.fixture
-def bench() -> Iterator[Callable[..., Bench]]:
-    yield from benches()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The engine's clock, which stands still but for ``clock.now``."""
-    made = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: made.now))
-    return made
 
 
 def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.generate import mode_option, no_live_option
 from mlx_diffgemma.cli.live import Decode, LivePage, live_console, printable
 from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
 from mlx_diffgemma.cli.repl import FILE, Terminal, lines
@@ -46,17 +47,11 @@ _STYLES: dict[type[Part], str] = {Reasoning: "dim", Content: "", ToolCall: "cyan
     metavar="N",
     help="Turn K, counted from 0, takes seed N + K.  [default: a fresh one each turn]",
 )
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default=MODES[0],
-    show_default=True,
-    help="Write a canvas at a time, or one token at a time.",
-)
+@mode_option
 @sampler_options
 @causal_options
 @backend_options
-@click.option("--no-live", is_flag=True, help="On a terminal, show finished blocks only, not the canvas being denoised.")
+@no_live_option
 def chat(
     model: str,
     revision: str | None,

@@ -23,6 +23,18 @@ from mlx_diffgemma.tokenizer import Growing, Tokenizer
 #: Is shown every event of a generation, as it happens.
 View = Callable[[Event], None]
 
+#: Options of whatever shows a text being written.
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default=MODES[0],
+    show_default=True,
+    help="Write a canvas at a time, or one token at a time.",
+)
+no_live_option = click.option(
+    "--no-live", is_flag=True, help="On a terminal, show finished blocks only, not the canvas being denoised."
+)
+
 
 @click.command(short_help="Write a text after a prompt.")
 @source_options
@@ -31,18 +43,12 @@ View = Callable[[Event], None]
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same text.  [default: a fresh one]")
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default=MODES[0],
-    show_default=True,
-    help="Write a canvas at a time, or one token at a time.",
-)
+@mode_option
 @sampler_options
 @causal_options
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-@click.option("--no-live", is_flag=True, help="On a terminal, show finished blocks only, not the canvas being denoised.")
+@no_live_option
 @click.option("-q", "--quiet", is_flag=True, help="Leave out the summary on standard error.")
 def generate(
     model: str,

@@ -1,6 +1,6 @@
 """Messages and tools of a request, checked and turned into what a chat template reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -45,14 +45,20 @@ def _arguments(value: Any) -> dict[str, Any]:
     return _not_too_deep(value)
 
 
-def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
+def levels(value: Any) -> Iterator[list[Any]]:
+    """The value, then what lies in it, then what lies in that, as far as objects and lists go; without recursion."""
+    level = [value]
+    while level:
+        yield level
         inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
         level = [each for values in inner for each in values]
-        if not level:
-            return value
-    raise PydanticCustomError("depth", f"nested more than {MAX_DEPTH} deep")
+
+
+def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
+    for depth, _ in enumerate(levels(value)):
+        if depth == MAX_DEPTH:
+            raise PydanticCustomError("depth", f"nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def _schema(value: Any) -> Any:

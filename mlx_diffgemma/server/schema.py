@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError, from_json
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.infill import LEAST, MARKER, MOST, Hole
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.messages import Message, Tool, check_conversation, template_messages
+from mlx_diffgemma.server.messages import Message, Tool, check_conversation, levels, template_messages
 
 #: How deep objects and lists may lie in one another: templates walk them with Python's own stack.
 MAX_DEPTH = 32
@@ -266,15 +266,11 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def check_values(content: Any) -> None:
     """Refuse what lies deeper than :data:`MAX_DEPTH`, and numbers too large for a float."""
-    level = [content]
-    for _ in range(MAX_DEPTH + 1):
+    for depth, level in enumerate(levels(content)):
+        if depth > MAX_DEPTH:
+            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep")
         if any(isinstance(value, float) and not math.isfinite(value) for value in level):
             raise ApiError(400, "the body holds a number that is out of range")
-        inner = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list))
-        level = [value for values in inner for value in values]
-        if not level:
-            return
-    raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep")
 
 
 def chat_request(content: dict[str, Any]) -> Chat:
