@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--backend", default="torch")
+    parser.add_argument("--max-batch", type=int, help="the server's; with 8 PyTorch batches, and some answers differ")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     cases = make_cases(load("sudoku", backend=arguments.backend, dtype="float32"), arguments.cases, random.Random(0))
@@ -249,6 +250,7 @@ def main() -> None:
     program = str(Path(sys.executable).with_name("mlx-diffgemma"))
     command = [program, "serve", "sudoku", "--port", str(port), "--backend", arguments.backend]
     command += ["--dtype", "float32", "--cache-memory", "64MiB"]
+    command += ["--max-batch", str(arguments.max_batch)] if arguments.max_batch else []
     environment = {**os.environ, "MLX_DIFFGEMMA_API_KEY": KEY}
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
