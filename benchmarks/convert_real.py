@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from real_layout import LAYERS, config, stored_tensors  # noqa: E402
 
-from mlx_diffgemma.bench import Machine  # noqa: E402
+from mlx_diffgemma.reports.speed import Machine  # noqa: E402
 
 SHARD_BYTES = 5_000_000_000
 

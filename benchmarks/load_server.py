@@ -28,9 +28,9 @@ import httpx
 import numpy as np
 
 from mlx_diffgemma import DiffusionGemma, load
-from mlx_diffgemma.prefix import PrefixCache, read
-from mlx_diffgemma.reply import Reply, reply
-from mlx_diffgemma.sudoku import fresh_puzzle
+from mlx_diffgemma.chat.reply import Reply, reply
+from mlx_diffgemma.demo.sudoku import fresh_puzzle
+from mlx_diffgemma.prefix_cache import PrefixCache, read
 
 KEY = "load-test"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

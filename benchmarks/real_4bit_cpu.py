@@ -35,8 +35,8 @@ from real_layout import DATA, stored_tensors  # noqa: E402
 
 from mlx_diffgemma import noise  # noqa: E402
 from mlx_diffgemma.backends import load_backend  # noqa: E402
-from mlx_diffgemma.bench import Machine  # noqa: E402
 from mlx_diffgemma.checkpoint import Checkpoint  # noqa: E402
+from mlx_diffgemma.reports.speed import Machine  # noqa: E402
 
 SHARD_BYTES, PIECE = 5_000_000_000, 2**24
 ITEMSIZE = {"BF16": 2, "U32": 4}

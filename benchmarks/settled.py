@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_diffgemma import Block, Draft, load
-from mlx_diffgemma.settled import Front, Settled
-from mlx_diffgemma.sudoku import fresh_puzzle
+from mlx_diffgemma.demo.sudoku import fresh_puzzle
+from mlx_diffgemma.settling import Front, Settled
 
 RULES = [Settled(steps, entropy) for steps in (1, 2, 3, 4) for entropy in (0.5, 0.1, 0.05, 0.01)]
 CLUES = (10, 12, 16, 24)

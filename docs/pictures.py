@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_diffgemma import sudoku
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.demo import board_size, prompt_tokens
 from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, Settling
+from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.demo.sudoku import Grid
 from mlx_diffgemma.sampler import Draft, block_diffusion
-from mlx_diffgemma.sudoku import Grid
 
 SEED, CLUES = 6, 12
 PANELS = 6  # steps in the first picture

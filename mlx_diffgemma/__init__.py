@@ -8,16 +8,16 @@ Importing this package imports neither framework; loading a model imports the on
 """
 
 from mlx_diffgemma.causal import Token
+from mlx_diffgemma.chat.conversation import Conversation
+from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Reply
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
-from mlx_diffgemma.conversation import Conversation
+from mlx_diffgemma.editing.infilling import Hole, Infill
+from mlx_diffgemma.editing.revising import Doubt, Revision
 from mlx_diffgemma.errors import BackendError, CheckpointError, DiffGemmaError, InputError
-from mlx_diffgemma.infill import Hole, Infill
-from mlx_diffgemma.markup import Content, Reasoning, ToolCall
 from mlx_diffgemma.pipeline import DiffusionGemma, Generation, Score, Statistics, load
-from mlx_diffgemma.reply import Reply
-from mlx_diffgemma.revise import Doubt, Revision
 from mlx_diffgemma.sampler import Block, Draft
-from mlx_diffgemma.settled import Settled
+from mlx_diffgemma.settling import Settled
 
 __all__ = [
     "BackendError",

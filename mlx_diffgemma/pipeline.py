@@ -15,7 +15,7 @@ from mlx_diffgemma.backends import Backend, check_tokens, chosen_backend, load_b
 from mlx_diffgemma.causal import Token, causal
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
-from mlx_diffgemma.editing import Editing
+from mlx_diffgemma.editing.texts import Editing
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.sampler import Block, Draft, block_diffusion
 from mlx_diffgemma.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ def sampling_options(generation: GenerationConfig, mode: str, options: Mapping[s
 
 
 class DiffusionGemma(Editing):
-    """A loaded model. Made by :func:`load`. How it edits inside a text is in :mod:`mlx_diffgemma.editing`."""
+    """A loaded model. Made by :func:`load`. How it edits inside a text is in :mod:`mlx_diffgemma.editing.texts`."""
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
         self.checkpoint, self.backend = checkpoint, backend

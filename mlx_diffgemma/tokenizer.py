@@ -15,9 +15,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from mlx_diffgemma.chat.markup import MARKERS
 from mlx_diffgemma.checkpoint import read_json
 from mlx_diffgemma.errors import CheckpointError, InputError
-from mlx_diffgemma.markup import MARKERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Backend, Denoised
-from mlx_diffgemma.bench import Spread, bench
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.reports.speed import Spread, bench
 from mlx_diffgemma.sampler import Block, block_diffusion
 
 Folder = Callable[..., Path]

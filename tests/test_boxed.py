@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
-from reference import Reference
 
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import BOXED, Checkpoint, fetch
+from mlx_diffgemma.demo.sudoku import Grid, check, fresh_puzzle, is_held_out
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.pipeline import load
-from mlx_diffgemma.sudoku import Grid, check, fresh_puzzle, is_held_out
+from support.comparing import BACKENDS
+from support.reference import Reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
 evaluation = importlib.import_module("evaluate")

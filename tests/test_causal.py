@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from causal_checks import log_softmax, picked, written
-from conftest import BACKENDS, assert_close
-from fake import FakeBackend, V
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference import REAL_VOCABULARY, Reference, make_checkpoint
 
 from mlx_diffgemma import Block, CausalConfig, GenerationConfig, InputError, noise
 from mlx_diffgemma.backends import SCORE_TILE, Backend, load_backend
 from mlx_diffgemma.causal import causal, choose, floor
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.sampler import block_diffusion
+from support.causal_checks import log_softmax, picked, written
+from support.comparing import BACKENDS, assert_close
+from support.fake import FakeBackend, V
+from support.reference import REAL_VOCABULARY, Reference, make_checkpoint
 
 ATOL = 1e-4
 SHAPES = ("base", "odd_sizes", "window_below_canvas", "six_layers")

@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import edit_json, make_chat_checkpoint
 from click.testing import CliRunner, Result
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import DummyInput
 from prompt_toolkit.output import DummyOutput
-from screen import Screen
-from terminal import Terminal
 from test_live import DIM, block, decode, draft
 
 from mlx_diffgemma import load
+from mlx_diffgemma.chat.conversation import Conversation
+from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Reply
 from mlx_diffgemma.cli import chat as chat_module
 from mlx_diffgemma.cli import main, repl
 from mlx_diffgemma.cli.live import printable
-from mlx_diffgemma.conversation import Conversation
-from mlx_diffgemma.markup import Content, Reasoning, ToolCall
 from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.reply import Reply
+from support.checkpoints import edit_json, make_chat_checkpoint
+from support.screen import Screen
+from support.terminal import Terminal
 
 CTRL_C, CTRL_D, CTRL_J, ALT_ENTER, UP = "\x03", "\x04", "\n", "\x1b\r", "\x1b[A"
 PASTE = "\x1b[200~{}\x1b[201~"

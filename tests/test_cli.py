@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import HUB, VOCAB_SIZE, make_chat_checkpoint, make_hub_layout
 from click.testing import CliRunner, Result
-from fake import MODEL, FakeBackend, full
-from tiny_tokenizer import write_tokenizer
 
 from mlx_diffgemma import Block, Draft, Generation, GenerationConfig, load
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import COMMANDS, main
 from mlx_diffgemma.cli.generate import TextView
 from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.summary import summarize
+from mlx_diffgemma.reports.summary import summarize
 from mlx_diffgemma.tokenizer import Tokenizer
+from support.checkpoints import HUB, VOCAB_SIZE, make_chat_checkpoint, make_hub_layout
+from support.fake import MODEL, FakeBackend, full
+from support.tiny_tokenizer import write_tokenizer
 
 PROGRAM = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()"]
 QUESTION = "Why is the sky blue?"

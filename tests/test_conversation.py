@@ -9,21 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import edit_json, make_chat_checkpoint
-from fake import FakeCache
-from tiny_tokenizer import OLDER_CHAT_TEMPLATE
 
 from mlx_diffgemma import DiffusionGemma, InputError, load
 from mlx_diffgemma.backends import Denoised
+from mlx_diffgemma.chat.conversation import Conversation
+from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Event, Reply, reply
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.conversation import Conversation
-from mlx_diffgemma.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.prefix import PrefixCache, read
-from mlx_diffgemma.reply import Event, Reply, reply
+from mlx_diffgemma.demo.sudoku import fresh_puzzle
+from mlx_diffgemma.prefix_cache import PrefixCache, read
 from mlx_diffgemma.sampler import Draft
-from mlx_diffgemma.settled import Front, Settled
-from mlx_diffgemma.sudoku import fresh_puzzle
+from mlx_diffgemma.settling import Front, Settled
+from support.checkpoints import edit_json, make_chat_checkpoint
+from support.fake import FakeCache
+from support.tiny_tokenizer import OLDER_CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from converting import SHAPE, contents, converted, copy_with, make_source, refused, run
-from real_layout import config as real_config
-from real_layout import stored_tensors, total_bytes
-from reference import make_checkpoint
 
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization, Tensor, graph_name
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.convert import RECIPES, Plan, make_recipe, parse_format, shards, side_files
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
+from support.converting import SHAPE, contents, converted, copy_with, make_source, refused, run
+from support.real_layout import config as real_config
+from support.real_layout import stored_tensors, total_bytes
+from support.reference import make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from converting import contents, converted, copy_with, make_source, refused, run
 
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.convert import Plan, make_recipe, shards, side_files, write
 from mlx_diffgemma.errors import CheckpointError, InputError
+from support.converting import contents, converted, copy_with, make_source, refused, run
 
 SHARD_BYTES = 60_000
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
-from screen import Screen
 
-from mlx_diffgemma import sudoku
 from mlx_diffgemma.backends import Denoised
 from mlx_diffgemma.cli import demo
 from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, UNSETTLED
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.sudoku import Grid
+from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.demo.sudoku import Grid
+from support.screen import Screen
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
 from vocabulary import prompt_tokens

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import make_chat_checkpoint
-from conftest import assert_close
-from fake import MODEL
-from scheduling import SECONDS, Bench, Inbox, Scripted
 
 from mlx_diffgemma import DiffusionGemma, Generation, load, noise
 from mlx_diffgemma.backends import PREFILL_CHUNK, Backend
+from mlx_diffgemma.demo.sudoku import fresh_puzzle
 from mlx_diffgemma.sampler import Draft
-from mlx_diffgemma.server.engine import Busy, Cancelled, Engine, Finished
-from mlx_diffgemma.sudoku import fresh_puzzle
+from mlx_diffgemma.scheduler.engine import Busy, Cancelled, Engine, Finished
+from support.checkpoints import make_chat_checkpoint
+from support.comparing import assert_close
+from support.fake import MODEL
+from support.scheduling import SECONDS, Bench, Inbox, Scripted
 
 
 def test_events_in_order_and_one_end(bench: Callable[..., Bench]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake import MODEL
-from scheduling import SECONDS, WIDTH, Bench, Inbox, Rows
 
 from mlx_diffgemma import InputError
-from mlx_diffgemma.server.engine import Cancelled, Finished, Stopping, TimedOut
+from mlx_diffgemma.scheduler.engine import Cancelled, Finished, Stopping, TimedOut
+from support.fake import MODEL
+from support.scheduling import SECONDS, WIDTH, Bench, Inbox, Rows
 
 
 def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> None:

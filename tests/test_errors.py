@@ -10,12 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hub
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONTEXT, VOCAB_SIZE, edit_json, make_chat_checkpoint
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +21,8 @@ from mlx_diffgemma import BackendError, DiffGemmaError, DiffusionGemma, InputErr
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
+from support import hub
+from support.checkpoints import CONTEXT, VOCAB_SIZE, edit_json, make_chat_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from reference import SHAPES, GenerateResult, Reference
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.sampler import Block, Draft, block_diffusion
+from support.reference import SHAPES, GenerateResult, Reference
 
 Load = Callable[..., Backend]
 Oracle = Callable[..., Reference]

@@ -9,12 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CANVAS, make_chat_checkpoint
 from click.testing import CliRunner
-from conftest import BACKENDS, assert_close
-from fake import EditingFake, L, full
 from numpy.typing import NDArray
-from reference import SHAPES, Reference
 
 from mlx_diffgemma import DiffusionGemma, InputError, load
 from mlx_diffgemma.backends import Backend
@@ -22,8 +18,12 @@ from mlx_diffgemma.backends.torch.reference import load as load_reference
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.infill import GAP, MAX_CANDIDATES, Candidate, Hole, infill, parse_template
+from mlx_diffgemma.editing.infilling import GAP, MAX_CANDIDATES, Candidate, Hole, infill, parse_template
 from mlx_diffgemma.sampler import FREE
+from support.checkpoints import CANVAS, make_chat_checkpoint
+from support.comparing import BACKENDS, assert_close
+from support.fake import EditingFake, L, full
+from support.reference import SHAPES, Reference
 
 TUNING = {"layer_scalars": (0.9, 1.2)}
 LENGTH, VOCABULARY = SHAPES["base"]["canvas_length"], SHAPES["base"]["text_config"]["vocab_size"]

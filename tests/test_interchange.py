@@ -9,16 +9,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import assert_close
-from converting import SHAPE, converted
 from numpy.typing import NDArray
-from packed import FORMATS, identifier, unpack
-from reference import Reference, make_checkpoint
 
 from mlx_diffgemma.backends import NAMES, load_backend
 from mlx_diffgemma.checkpoint import FORMATS as MODES
 from mlx_diffgemma.checkpoint import PARTS, Checkpoint, Quantization, graph_name
 from mlx_diffgemma.cli import main
+from support.comparing import assert_close
+from support.converting import SHAPE, converted
+from support.packed import FORMATS, identifier, unpack
+from support.reference import Reference, make_checkpoint
 
 #: Every row of every part has a multiple of 128 weights.
 WIDE = {**SHAPE, "text_config": {**SHAPE["text_config"], "moe_intermediate_size": 128}}

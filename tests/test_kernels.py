@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import identifier
 
 from mlx_diffgemma.checkpoint import Quantization
+from support.packed import identifier
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -21,7 +21,7 @@ def test_kernels_are_right(interpret: bool) -> None:
         pytest.skip("no CUDA device")
     # Triton looks at this variable while it is imported, so each way needs a process of its own.
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    checks = Path(__file__).with_name("kernels_checks.py")
+    checks = Path(__file__).parent / "support" / "kernels_checks.py"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
-from screen import Screen
 
 from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, UNSETTLED, LiveView, Settling, live_console, pieces, printable
 from mlx_diffgemma.pipeline import Generation, Statistics
 from mlx_diffgemma.sampler import Block, Draft
+from support.screen import Screen
 
 DIM, TAKEN = "2", "4;33"  # SGR parameters of unsettled text, and of text that was taken back
 WORDS = [

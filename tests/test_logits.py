@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, assert_close
 from numpy.typing import NDArray
-from reference import SHAPES, Reference
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.errors import BackendError
+from support.comparing import BACKENDS, assert_close
+from support.reference import SHAPES, Reference
 
 ATOL = 1e-4
 TEMPERATURE = 0.6

@@ -5,10 +5,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
-from mlx_diffgemma.markup import MARKERS, Content, Part, Reasoning, ReplyParser, ToolCall
+from mlx_diffgemma.chat.markup import MARKERS, Content, Part, Reasoning, ReplyParser, ToolCall
 from mlx_diffgemma.tokenizer import Tokenizer
+from support.tiny_tokenizer import CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 USER = {"role": "user", "content": "Why?"}
 OPEN_THOUGHT = "<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>response:f{}<tool_response|><|channel>thought\n"

@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import VOCAB_SIZE, edit_json
-from conftest import assert_close
-from converting import SHAPE, contents, converted, refused, run
-from fake import MODEL, FakeBackend, full
 from numpy.typing import NDArray
-from reference import make_checkpoint
-from tiny_tokenizer import write_tokenizer
 
-from mlx_diffgemma import measure as module
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import CheckpointError, InputError
-from mlx_diffgemma.measure import Measurement, measure
+from mlx_diffgemma.reports import quality as module
+from mlx_diffgemma.reports.quality import Measurement, measure
 from mlx_diffgemma.tokenizer import Tokenizer
+from support.checkpoints import VOCAB_SIZE, edit_json
+from support.comparing import assert_close
+from support.converting import SHAPE, contents, converted, refused, run
+from support.fake import MODEL, FakeBackend, full
+from support.reference import make_checkpoint
+from support.tiny_tokenizer import write_tokenizer
 
 CHAT = {**SHAPE, "text_config": {**SHAPE["text_config"], "vocab_size": VOCAB_SIZE}}
 LENGTH = 2000  # of the fake's canvas: enough that shares of noise show

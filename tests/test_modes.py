@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from causal_checks import log_softmax, picked, written
-from checkpoints import CONTEXT, VOCAB_SIZE, make_chat_checkpoint
 from click.testing import CliRunner
-from conftest import assert_close
-from fake import L
-from screen import Screen
-from tiny_tokenizer import write_tokenizer
 
 from mlx_diffgemma import CausalConfig, DiffusionGemma, Generation, InputError, Token, load
 from mlx_diffgemma.causal import causal
@@ -23,6 +17,12 @@ from mlx_diffgemma.cli import main
 from mlx_diffgemma.cli.generate import TextView
 from mlx_diffgemma.cli.live import LiveView
 from mlx_diffgemma.tokenizer import Tokenizer
+from support.causal_checks import log_softmax, picked, written
+from support.checkpoints import CONTEXT, VOCAB_SIZE, make_chat_checkpoint
+from support.comparing import assert_close
+from support.fake import L
+from support.screen import Screen
+from support.tiny_tokenizer import write_tokenizer
 
 ATOL = 1e-4
 

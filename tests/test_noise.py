@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import assert_close
 from numpy.typing import NDArray
-from reference import REAL_VOCABULARY, make_checkpoint
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
+from support.comparing import assert_close
+from support.reference import REAL_VOCABULARY, make_checkpoint
 
 WORDS = 2**32
 

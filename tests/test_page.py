@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BACKENDS
+
+from support.comparing import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "mlx_diffgemma" / "server" / "page"
@@ -186,8 +187,8 @@ def server() -> Iterator[str]:
     import uvicorn
 
     from mlx_diffgemma import load
+    from mlx_diffgemma.scheduler.engine import Engine
     from mlx_diffgemma.server.app import Settings, create_app
-    from mlx_diffgemma.server.engine import Engine
 
     engine = Engine(load("sudoku", backend=BACKENDS[0]))
     engine.start()

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import VOCAB_SIZE, make_chat_checkpoint
-from conftest import BACKENDS
-from fake import MODEL, FakeBackend, L, full
-from tiny_tokenizer import write_tokenizer
 
 from mlx_diffgemma import Block, DiffusionGemma, Draft, Generation, InputError, load, noise
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
+from support.checkpoints import VOCAB_SIZE, make_chat_checkpoint
+from support.comparing import BACKENDS
+from support.fake import MODEL, FakeBackend, L, full
+from support.tiny_tokenizer import write_tokenizer
 
 END = 106  # <turn|>
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_close
-from fake import FakeCache
 
 from mlx_diffgemma.backends import Backend
-from mlx_diffgemma.prefix import PrefixCache, read
+from mlx_diffgemma.prefix_cache import PrefixCache, read
+from support.comparing import assert_close
+from support.fake import FakeCache
 
 LoadBackend = Callable[..., Backend]
 

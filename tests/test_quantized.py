@@ -6,9 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
 from mlx import nn as mlx_nn
-from packed import FORMATS, Packed, as_torch, identifier, pack, unpack
 from torch import nn as torch_nn
 
 from mlx_diffgemma.backends.mlx import model as mlx_model
@@ -17,6 +15,8 @@ from mlx_diffgemma.backends.torch import model as torch_model
 from mlx_diffgemma.backends.torch import quantized as torch_quantized
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.errors import CheckpointError
+from support.comparing import assert_close
+from support.packed import FORMATS, Packed, as_torch, identifier, pack, unpack
 
 IN, OUT, VOCABULARY = 128, 70, 75
 COUNTS = np.array([0, 3, 0, 9, 1, 0])  # rows of each expert

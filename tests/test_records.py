@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
 
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.infill import Hole
+from mlx_diffgemma.editing.infilling import Hole
 from mlx_diffgemma.tokenizer import Tokenizer
+from support.comparing import BACKENDS
 
 for example in ("sudoku", "records"):
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / example))

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CANVAS, make_chat_checkpoint
 from click.testing import CliRunner
-from conftest import assert_close
-from fake import EditingFake, L, V, full
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +18,10 @@ from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.cli.revise import unified_diff
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.revise import check_spans, proofread, revise
+from mlx_diffgemma.editing.revising import check_spans, proofread, revise
+from support.checkpoints import CANVAS, make_chat_checkpoint
+from support.comparing import assert_close
+from support.fake import EditingFake, L, V, full
 
 PROMPT = np.array([[3, 1, 4]], np.int32)
 CONFIG = GenerationConfig(max_denoising_steps=2, eos_token_ids=(V - 1,))

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake import Answer, FakeBackend, L, V, full
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from mlx_diffgemma import noise
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.sampler import Block, Draft, accept, block_diffusion
+from support.fake import Answer, FakeBackend, L, V, full
 
 CONFIG = GenerationConfig(max_new_tokens=L, max_denoising_steps=8, eos_token_ids=(V - 1,), confidence_threshold=0.5)
 PROMPT = np.array([[3, 1, 4]], np.int32)

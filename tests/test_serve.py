@@ -15,10 +15,10 @@ from pathlib import Path
 import click
 import httpx
 import pytest
-from checkpoints import make_chat_checkpoint
 from click.testing import CliRunner
 
 from mlx_diffgemma.cli import main, serve
+from support.checkpoints import make_chat_checkpoint
 
 PROGRAM = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()", "serve"]
 SECONDS = 60.0

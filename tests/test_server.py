@@ -15,19 +15,21 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from checkpoints import edit_json, make_chat_checkpoint
-from serving import SECONDS, Scripted, Served, serving, until
 
 from mlx_diffgemma import DiffusionGemma, load
+from mlx_diffgemma.chat.conversation import Conversation
+from mlx_diffgemma.chat.reply import Reply
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.conversation import Conversation
-from mlx_diffgemma.infill import Hole
-from mlx_diffgemma.reply import Reply
-from mlx_diffgemma.server import generation, guards, running
+from mlx_diffgemma.demo.sudoku import fresh_puzzle
+from mlx_diffgemma.editing.infilling import Hole
+from mlx_diffgemma.server import middleware as guards
+from mlx_diffgemma.server import routes as generation
+from mlx_diffgemma.server import running
 from mlx_diffgemma.server.app import create_app
 from mlx_diffgemma.server.mailbox import Mailbox
 from mlx_diffgemma.server.settings import Settings
-from mlx_diffgemma.sudoku import fresh_puzzle
+from support.checkpoints import edit_json, make_chat_checkpoint
+from support.serving import SECONDS, Scripted, Served, serving, until
 
 PUZZLES = [fresh_puzzle(6, 14, seed).clues.text() for seed in range(2)]
 USER = [{"role": "user", "content": "Hi"}]

@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from checkpoints import make_chat_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import SECONDS, serving
 
 from mlx_diffgemma import load
+from support.checkpoints import make_chat_checkpoint
+from support.serving import SECONDS, serving
 
 PATHS = ("chat/completions", "completions", "infill")
 

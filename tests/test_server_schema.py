@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.infill import Hole
+from mlx_diffgemma.editing.infilling import Hole
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.schema import MAX_DEPTH, Options, chat_request, completion_request, infill_request, read_json
+from mlx_diffgemma.server.requests import MAX_DEPTH, Options, chat_request, completion_request, infill_request, read_json
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, "y"]}'}}

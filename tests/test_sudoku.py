@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sudoku import (
+from mlx_diffgemma.demo.sudoku import (
     BOXES,
     EMPTY_TOKEN,
     HIDDEN,
@@ -31,6 +30,7 @@ from mlx_diffgemma.sudoku import (
     to_tokens,
     units,
 )
+from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.tokenizer import Tokenizer
 
 # The example's scripts import each other as siblings, as a script's own folder allows.

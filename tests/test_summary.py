@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import HUB, make_hub_layout
-from real_layout import stored_tensors, total_bytes
 
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, graph_name, part_of
 from mlx_diffgemma.convert import Plan, make_recipe
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.summary import summarize
+from mlx_diffgemma.reports.summary import summarize
+from support.checkpoints import HUB, make_hub_layout
+from support.real_layout import stored_tensors, total_bytes
 
 #: Billions of parameters of the released model, and all that are stored, counted from its headers.
 BILLIONS = {

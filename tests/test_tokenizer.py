@@ -13,12 +13,12 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import CONFIG, CORPUS, MIN_VOCAB_SIZE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.tokenizer import Tokenizer
+from support.tiny_tokenizer import CONFIG, CORPUS, MIN_VOCAB_SIZE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "template_cases.json").read_text(encoding="utf-8"))

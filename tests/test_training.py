@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
-from reference import SHAPES, Reference
 
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.backends.torch.model import TextModel
 from mlx_diffgemma.checkpoint import Checkpoint, graph_name
 from mlx_diffgemma.errors import InputError
+from support.comparing import assert_close
+from support.reference import SHAPES, Reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
 objective = importlib.import_module("objective")

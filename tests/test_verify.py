@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import BACKENDS, assert_close
 
-from mlx_diffgemma import verify as conformance
 from mlx_diffgemma.backends import Backend, load_backend
 from mlx_diffgemma.backends.torch import reference as reference_module
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
 from mlx_diffgemma.noise import sampling_keys
-from mlx_diffgemma.verify import REFERENCE, Report, verify
+from mlx_diffgemma.reports import conformance
+from mlx_diffgemma.reports.conformance import REFERENCE, Report, verify
+from support.comparing import BACKENDS, assert_close
 
 Folder = Callable[..., Path]
 

@@ -26,10 +26,10 @@ from filling import fill, is_right
 from records import CUTS, Record, random_record
 
 from mlx_diffgemma.backends import Backend, load_backend
-from mlx_diffgemma.bench import Machine
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.infill import Candidate, Hole
+from mlx_diffgemma.editing.infilling import Candidate, Hole
+from mlx_diffgemma.reports.speed import Machine
 
 #: What is tried where lengths are not known, by the number of holes.
 RANGES = {1: Hole(1, 10), 2: Hole(1, 8)}

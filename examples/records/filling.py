@@ -7,7 +7,7 @@ from vocabulary import BOS, END_OF_TURN, PAD
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.infill import Candidate, Hole, infill
+from mlx_diffgemma.editing.infilling import Candidate, Hole, infill
 
 
 def fill(

@@ -29,9 +29,9 @@ from vocabulary import END_OF_TURN, PAD, prompt_tokens
 from mlx_diffgemma.backends import Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.infill import Hole, infill
-from mlx_diffgemma.revise import proofread, revise
-from mlx_diffgemma.sudoku import to_tokens
+from mlx_diffgemma.demo.sudoku import to_tokens
+from mlx_diffgemma.editing.infilling import Hole, infill
+from mlx_diffgemma.editing.revising import proofread, revise
 
 STRENGTHS = tuple(tenth / 10 for tenth in range(11))
 #: Cells of the draft that are wrong before it is revised.

@@ -25,8 +25,8 @@ from vocabulary import prompt_tokens
 from mlx_diffgemma.backends import Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.demo.sudoku import fresh_puzzle, to_tokens
 from mlx_diffgemma.sampler import FREE
-from mlx_diffgemma.sudoku import fresh_puzzle, to_tokens
 
 #: Puzzles that are solved one by one, as a frozen template holds for a whole batch.
 SINGLE = 50

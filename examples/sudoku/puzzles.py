@@ -7,8 +7,8 @@ so each reduced grid yields several puzzles.
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_diffgemma.demo.sudoku import BOXES, MAX_GRIDS, is_held_out, random_grid, remove_clues, require_valid
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sudoku import BOXES, MAX_GRIDS, is_held_out, random_grid, remove_clues, require_valid
 
 Grids = NDArray[np.int8]
 
@@ -23,7 +23,7 @@ def make_puzzles(size: int, count: int, clues: tuple[int, int], seed: int, held_
         clues: fewest and most clues. The number is uniform between them, as far as each grid can be reduced: where it cannot
             reach the fewest, from what it reached.
         seed: 0 or more. Training and held-out puzzles of one seed come from different grids.
-        held_out: the puzzles that training never sees (:func:`mlx_diffgemma.sudoku.is_held_out`), or the others.
+        held_out: the puzzles that training never sees (:func:`mlx_diffgemma.demo.sudoku.is_held_out`), or the others.
 
     Raises:
         InputError: an argument is out of range, or ``MAX_GRIDS`` grids in a row gave no puzzle: so few clues are too rare.
@@ -58,7 +58,7 @@ def random_symmetry(rng: np.random.Generator, *grids: Grids) -> tuple[Grids, ...
     """Random symmetric forms of grids int8 [n, cells], the same for row i of each array: a puzzle stays with its solution.
 
     Digits are relabelled, rows permuted within bands, columns within stacks, bands and stacks, and, where boxes are square,
-    half of the grids transposed. All of this keeps :func:`mlx_diffgemma.sudoku.invariant`.
+    half of the grids transposed. All of this keeps :func:`mlx_diffgemma.demo.sudoku.invariant`.
     """
     count, cells = grids[0].shape
     size = next(size for size in BOXES if size * size == cells)

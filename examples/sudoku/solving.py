@@ -10,8 +10,8 @@ from vocabulary import END_OF_TURN, PAD, prompt_tokens
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.demo.sudoku import from_tokens, to_tokens
 from mlx_diffgemma.sampler import Block, Draft, block_diffusion
-from mlx_diffgemma.sudoku import from_tokens, to_tokens
 
 
 def canvas_length(size: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mlx_diffgemma.sudoku import to_tokens
+from mlx_diffgemma.demo.sudoku import to_tokens
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>")
 PAD, EOS, BOS, UNKNOWN, TURN, END_OF_TURN = range(len(SPECIAL))

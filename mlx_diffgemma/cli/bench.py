@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from mlx_diffgemma import bench as benchmark
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.options import backend_options, sampler_options, source_options
 from mlx_diffgemma.cli.table import table
+from mlx_diffgemma.reports import speed
 
 
 @click.command(short_help="Measure speed and memory.")
@@ -50,11 +50,11 @@ def bench(
     checkpoint = Checkpoint.open(model, revision)
     config = checkpoint.generation.replace(**sampler)
     loaded = load_backend(checkpoint, backend, device=device, dtype=dtype)
-    result = benchmark.bench(loaded, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup, seed=seed)
+    result = speed.bench(loaded, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup, seed=seed)
     click.echo(json.dumps(_as_json(model, result)) if as_json else _as_text(model, result))
 
 
-def _as_json(model: str, result: benchmark.Benchmark) -> dict[str, Any]:
+def _as_json(model: str, result: speed.Benchmark) -> dict[str, Any]:
     content = {"model": model, **dataclasses.asdict(result)}
     for name in ("tokens_per_forward", "tokens_per_second"):
         content["text"][name] = getattr(result.text, name)
@@ -62,7 +62,7 @@ def _as_json(model: str, result: benchmark.Benchmark) -> dict[str, Any]:
     return content
 
 
-def _as_text(model: str, result: benchmark.Benchmark) -> str:
+def _as_text(model: str, result: speed.Benchmark) -> str:
     machine, text = result.machine, result.text
     steps = text.denoising_steps
     measured = [
@@ -95,7 +95,7 @@ def _as_text(model: str, result: benchmark.Benchmark) -> str:
     return "\n\n".join([f"{model}\n{table(origin, left=2)}", table(measured), table(written), table(choices)])
 
 
-def _figures(spread: benchmark.Spread, form: str) -> tuple[str, str, str]:
+def _figures(spread: speed.Spread, form: str) -> tuple[str, str, str]:
     return format(spread.median, form), format(spread.least, form), format(spread.most, form)
 
 

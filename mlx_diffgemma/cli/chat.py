@@ -14,17 +14,17 @@ from rich.console import Console
 
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.causal import Token
+from mlx_diffgemma.chat.conversation import Conversation
+from mlx_diffgemma.chat.markup import Content, Part, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Event, Reply
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import mode_option, no_live_option
 from mlx_diffgemma.cli.live import Decode, LivePage, live_console, printable
 from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
 from mlx_diffgemma.cli.repl import FILE, Terminal, lines
 from mlx_diffgemma.cli.table import table
-from mlx_diffgemma.conversation import Conversation
 from mlx_diffgemma.errors import DiffGemmaError, InputError
-from mlx_diffgemma.markup import Content, Part, Reasoning, ToolCall
 from mlx_diffgemma.pipeline import MODES, DiffusionGemma, sampling_options
-from mlx_diffgemma.reply import Event, Reply
 from mlx_diffgemma.sampler import Block, Draft
 
 #: Is shown every event of a reply, as it happens.

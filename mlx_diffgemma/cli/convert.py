@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.checkpoint import Checkpoint
     from mlx_diffgemma.convert import Plan
     from mlx_diffgemma.convert.shards import Report
-    from mlx_diffgemma.measure import Measurement
+    from mlx_diffgemma.reports.quality import Measurement
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -102,9 +102,9 @@ def convert(
             write(plan, target, side_files(checkpoint, plan), restart=restart, report=report)
         click.echo(f"{target}: {plan.nbytes:,} bytes; shards: {len(plan.shards)}", err=True)
     if text is not None:
-        from mlx_diffgemma import measure as comparison
+        from mlx_diffgemma.reports import quality
 
-        found = comparison.measure(checkpoint, Checkpoint.open(target), text, backend=backend, device=device, dtype=dtype)
+        found = quality.measure(checkpoint, Checkpoint.open(target), text, backend=backend, device=device, dtype=dtype)
         click.echo(f"{found.conditions()}\n\n{table(found.rows(), left=2)}\n\n{found.steps()}")
         if not exists:
             with (target / "README.md").open("a", encoding="utf-8") as card:

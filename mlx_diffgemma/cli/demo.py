@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from mlx_diffgemma import sudoku
 from mlx_diffgemma.backends import NAMES, Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.live import SETTLED, STATUS_STYLE, TAKEN_BACK, Region, Settling, cut, live_console
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.demo import sudoku
+from mlx_diffgemma.demo.sudoku import Grid, Puzzle
 from mlx_diffgemma.sampler import Draft, block_diffusion
-from mlx_diffgemma.sudoku import Grid, Puzzle
 
 MODEL = "sudoku"
 

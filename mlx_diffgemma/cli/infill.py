@@ -11,7 +11,7 @@ from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import print_text, read_text
 from mlx_diffgemma.cli.options import backend_options, denoising_options, source_options
-from mlx_diffgemma.infill import MARKER, Infill, parse_template
+from mlx_diffgemma.editing.infilling import MARKER, Infill, parse_template
 from mlx_diffgemma.pipeline import DiffusionGemma
 
 

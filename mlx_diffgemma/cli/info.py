@@ -9,7 +9,7 @@ import click
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.options import source_options
 from mlx_diffgemma.cli.table import table
-from mlx_diffgemma.summary import Summary, summarize
+from mlx_diffgemma.reports.summary import Summary, summarize
 
 
 @click.command(short_help="Show what a checkpoint is, and the memory it needs.")

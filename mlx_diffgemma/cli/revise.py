@@ -13,8 +13,8 @@ from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import print_text, read_text
 from mlx_diffgemma.cli.options import backend_options, denoising_options, source_options
+from mlx_diffgemma.editing.revising import check_strength
 from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.revise import check_strength
 
 
 @click.command(short_help="Write a text again, beginning with the text itself.")

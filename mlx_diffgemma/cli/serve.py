@@ -18,7 +18,7 @@ from mlx_diffgemma.errors import BackendError, InputError
 from mlx_diffgemma.pipeline import load
 
 if TYPE_CHECKING:
-    from mlx_diffgemma.server.engine import Engine
+    from mlx_diffgemma.scheduler.engine import Engine
 
 #: Seconds that running requests have to finish their block when the server stops, and answers then to reach their clients.
 STOP_SECONDS, SEND_SECONDS = 30.0, 5
@@ -97,8 +97,8 @@ def serve(
     listener = _listener(host, port)
     loaded = load(model, revision=revision, backend=backend, device=device, dtype=dtype)
 
+    from mlx_diffgemma.scheduler.engine import Engine
     from mlx_diffgemma.server.app import create_app
-    from mlx_diffgemma.server.engine import Engine
     from mlx_diffgemma.server.settings import Settings
 
     name = served_name or (Path(model).resolve().name if Path(model).is_dir() else model)

@@ -5,11 +5,11 @@ import json
 
 import click
 
-from mlx_diffgemma import verify as conformance
 from mlx_diffgemma.backends import DTYPES
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.options import source_options
 from mlx_diffgemma.cli.table import table
+from mlx_diffgemma.reports import conformance
 
 
 @click.command(short_help="Compare backends on a checkpoint.")

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mlx_diffgemma.infill import Infill
-from mlx_diffgemma.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.reply import Event, Reply
+from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Event, Reply
+from mlx_diffgemma.editing.infilling import Infill
 from mlx_diffgemma.sampler import Draft
-from mlx_diffgemma.server.schema import Options
+from mlx_diffgemma.server.requests import Options
 
 #: Stands for the log-probability of what has none in JSON: minus infinity.
 LEAST_LOGPROB = -9999.0

@@ -17,11 +17,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server import metrics
-from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.generation import Generation
-from mlx_diffgemma.server.guards import Guarded, Observed, error_response
+from mlx_diffgemma.server.middleware import Guarded, Observed, error_response
+from mlx_diffgemma.server.routes import Generation
 from mlx_diffgemma.server.settings import Settings
 
 #: The page's files, as paths and types.

@@ -7,10 +7,10 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from mlx_diffgemma.prefix import PrefixCache
-from mlx_diffgemma.reply import Reply
-from mlx_diffgemma.server.engine import Engine
-from mlx_diffgemma.server.shared import Counters
+from mlx_diffgemma.chat.reply import Reply
+from mlx_diffgemma.prefix_cache import PrefixCache
+from mlx_diffgemma.scheduler.device import Counters
+from mlx_diffgemma.scheduler.engine import Engine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -9,10 +9,10 @@ from starlette.types import Receive
 
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.sampler import Draft
-from mlx_diffgemma.server.engine import Busy, Engine, Finished, Stopping, TimedOut
+from mlx_diffgemma.scheduler.engine import Busy, Engine, Finished, Stopping, TimedOut
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.guards import unexpected
 from mlx_diffgemma.server.mailbox import Mailbox
+from mlx_diffgemma.server.middleware import unexpected
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 
 #: The chat template as released, in two generations, whose differences tests/data/template_cases.json has.
-CHAT_TEMPLATE = (Path(__file__).parent / "data" / "chat_template.jinja").read_text(encoding="utf-8")
+CHAT_TEMPLATE = (Path(__file__).parents[1] / "data" / "chat_template.jinja").read_text(encoding="utf-8")
 OLDER_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("set older = false", "set older = true")
 
 #: Gemma 4's special tokens and their ids in the released checkpoint; None is any free id.

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.infill import Infill, parse_template
+from mlx_diffgemma.chat.reply import Event, reply
+from mlx_diffgemma.editing.infilling import Infill, parse_template
 from mlx_diffgemma.pipeline import DiffusionGemma, sampling_options
-from mlx_diffgemma.prefix import Context, PrefixCache, read
-from mlx_diffgemma.reply import Event, reply
-from mlx_diffgemma.server.engine import Engine
+from mlx_diffgemma.prefix_cache import Context, PrefixCache, read
+from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.schema import Chat, Completion, Infilling, Options
+from mlx_diffgemma.server.requests import Chat, Completion, Infilling, Options
 from mlx_diffgemma.server.settings import Settings
-from mlx_diffgemma.settled import Settled
+from mlx_diffgemma.settling import Settled
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Question:
         prompts: token ids, each int32 [1, N].
         prompt_text: as the chat template wrote it.
         seeds: one a choice.
-        arguments: of :func:`~mlx_diffgemma.reply.reply`, which all choices share.
+        arguments: of :func:`~mlx_diffgemma.chat.reply.reply`, which all choices share.
     """
 
     prompts: tuple[NDArray[np.int32], ...]
@@ -79,7 +79,7 @@ def completion_question(model: DiffusionGemma, completion: Completion, settings:
 
 
 def infill_work(model: DiffusionGemma, request: Infilling) -> Callable[[], Iterator[Infill]]:
-    """Work for the engine: one :class:`~mlx_diffgemma.infill.Infill`. What it refuses, it refuses when it begins."""
+    """Work for the engine: one :class:`~mlx_diffgemma.editing.infilling.Infill`. What it refuses, it refuses when it begins."""
     options = request.options
     seed = _fresh_seed() if options.seed is None else options.seed
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from screen import Screen
+from support.screen import Screen
 
 # The terminal becomes the controlling one of the process, so that Ctrl-C is a signal to it.
 _PROGRAM = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlx_diffgemma.cli import main; main()"

@@ -12,14 +12,14 @@ import httpx
 import numpy as np
 import openai
 import uvicorn
-from fake import FakeCache
 
 from mlx_diffgemma import DiffusionGemma
 from mlx_diffgemma.backends import Denoised
 from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server.app import create_app
-from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.settings import Settings
+from support.fake import FakeCache
 
 #: To wait for what must come.
 SECONDS = 20.0

@@ -7,9 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from real_layout import DATA, stored_tensors
-from reference import make_checkpoint
-from tiny_tokenizer import write_tokenizer
+from support.real_layout import DATA, stored_tensors
+from support.reference import make_checkpoint
+from support.tiny_tokenizer import write_tokenizer
 
 ITEMSIZE = {"BF16": 2, "U32": 4}
 

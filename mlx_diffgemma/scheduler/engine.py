@@ -29,7 +29,7 @@ from greenlet import getcurrent, greenlet
 
 from mlx_diffgemma.errors import DiffGemmaError
 from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.server.shared import Call, Counters, Denoise, Device, SharedBackend
+from mlx_diffgemma.scheduler.device import Call, Counters, Denoise, Device, SharedBackend
 
 T = TypeVar("T")
 

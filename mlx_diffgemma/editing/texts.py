@@ -1,8 +1,8 @@
 """Editing inside a text, from text to text: the methods of a loaded model that fill in, revise and proofread.
 
 All of them have a text stand where a model's answer would: after a prompt, from its first token on. By default the prompt is a
-chat of one user turn, the instruction, which holds the text too (:data:`~mlx_diffgemma.infill.INSTRUCTION`,
-:data:`~mlx_diffgemma.revise.REVISE_INSTRUCTION`, :data:`~mlx_diffgemma.revise.PROOFREAD_INSTRUCTION`), and the text is followed
+chat of one user turn, the instruction, which holds the text too (:data:`~mlx_diffgemma.editing.infilling.INSTRUCTION`,
+:data:`~mlx_diffgemma.editing.revising.REVISE_INSTRUCTION`, :data:`~mlx_diffgemma.editing.revising.PROOFREAD_INSTRUCTION`), and the text is followed
 by the end of the turn and padding up to the end of its last canvas. A ``raw`` text comes after nothing but the
 beginning-of-sequence token, and nothing follows it. A ``prompt`` takes the place of either.
 """
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma import infill, revise
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.editing import infilling as infill
+from mlx_diffgemma.editing import revising as revise
+from mlx_diffgemma.editing.infilling import MARKER, Filling, Hole, Infill, parse_template
+from mlx_diffgemma.editing.revising import Doubt, Revision, check_spans
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.infill import MARKER, Filling, Hole, Infill, parse_template
-from mlx_diffgemma.revise import Doubt, Revision, check_spans
 
 if TYPE_CHECKING:
     from mlx_diffgemma.pipeline import Prompt
@@ -56,7 +57,7 @@ class Editing:
         escape: bool = False,
         **options: Any,
     ) -> Infill:
-        """Fill the holes of a text; :mod:`mlx_diffgemma.infill` says how, and how lengths that are not known are ranked.
+        """Fill the holes of a text; :mod:`mlx_diffgemma.editing.infilling` says how, and how lengths that are not known are ranked.
 
         In a chat, a text that fits into one canvas with its longest holes lies there from its first token on, as an answer
         would. Otherwise what is before the first hole is in the cache, and the canvases begin with that hole.
@@ -65,7 +66,7 @@ class Editing:
         alone: an end token ends it, turn markers are dropped, and a character that is broken off at its edge becomes U+FFFD.
 
         Args:
-            template: a text with markers (see :func:`~mlx_diffgemma.infill.parse_template`), or known texts and holes in order.
+            template: a text with markers (see :func:`~mlx_diffgemma.editing.infilling.parse_template`), or known texts and holes in order.
             prompt: what the text answers, instead of the instruction; a text, a conversation or token ids.
             raw: leave the chat template away. What does not fit into the canvas behind the last hole is then an error, as it is
                 with a ``prompt``; otherwise the instruction shows it.
@@ -111,7 +112,7 @@ class Editing:
         seed: int | None = None,
         **options: Any,
     ) -> Revision:
-        """Write a text again, beginning with the text itself; :func:`mlx_diffgemma.revise.revise` says how.
+        """Write a text again, beginning with the text itself; :func:`mlx_diffgemma.editing.revising.revise` says how.
 
         Args:
             strength: 0 to 1, the probability with which noise replaces a token of the draft: 0 gives the text back, 1 writes
@@ -161,7 +162,7 @@ class Editing:
         """The tokens of a text that the model doubts, the most doubtful first. Experimental.
 
         A token is doubted where the denoiser, which sees the text as it stands, finds another one likelier in its place; how
-        much, is minus its log-probability from the denoiser and from the causal model (:func:`mlx_diffgemma.revise.proofread`).
+        much, is minus its log-probability from the denoiser and from the causal model (:func:`mlx_diffgemma.editing.revising.proofread`).
         How well that finds errors depends on the model, and on the text being like those it was trained on; a doubt is no proof,
         and an error that is likely is not found.
 

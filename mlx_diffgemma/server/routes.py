@@ -10,18 +10,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Event, Reply
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.prefix import PrefixCache
-from mlx_diffgemma.reply import Event, Reply
+from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Draft
-from mlx_diffgemma.server import schema
+from mlx_diffgemma.scheduler.engine import Engine
+from mlx_diffgemma.server import requests as schema
 from mlx_diffgemma.server.answers import Answer, ChatAnswer, CompletionAnswer, encoded, infill_answer, server_sent
-from mlx_diffgemma.server.engine import Engine
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.guards import LEFT, read_body
 from mlx_diffgemma.server.metrics import Metrics
-from mlx_diffgemma.server.questions import Question, chat_question, completion_question, infill_work, known_tokens
+from mlx_diffgemma.server.middleware import LEFT, read_body
+from mlx_diffgemma.server.preparing import Question, chat_question, completion_question, infill_work, known_tokens
 from mlx_diffgemma.server.running import Left, Running
 from mlx_diffgemma.server.settings import Settings
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
-from reference import make_checkpoint
 
 from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.errors import DiffGemmaError
+from support.reference import make_checkpoint
 
 #: Large enough for groups of 128 everywhere but in the experts' down_proj, whose rows have 64.
 SHAPE = {

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError, from_json
 
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.infill import LEAST, MARKER, MOST, Hole
+from mlx_diffgemma.editing.infilling import LEAST, MARKER, MOST, Hole
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.messages import Message, Tool, check_conversation, levels, template_messages
 
@@ -106,7 +106,7 @@ class Completion:
 @dataclass(frozen=True)
 class Infilling:
     """A text with holes; ``template``, ``marker``, ``prompt``, ``raw`` and ``system`` as in
-    :meth:`mlx_diffgemma.editing.Editing.infill`. ``between`` tells that it was given as what is before and behind one hole."""
+    :meth:`mlx_diffgemma.editing.texts.Editing.infill`. ``between`` tells that it was given as what is before and behind one hole."""
 
     template: str | tuple[str | Hole, ...]
     marker: str

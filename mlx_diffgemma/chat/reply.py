@@ -1,6 +1,6 @@
 """One reply of a model, as events: drafts of its canvas, stretches of its thoughts and of its answer, tool calls.
 
-What a reply shows as it grows comes from the settled front of each canvas (:mod:`mlx_diffgemma.settled`), so that text appears
+What a reply shows as it grows comes from the settled front of each canvas (:mod:`mlx_diffgemma.settling`), so that text appears
 within a block and not only at its end; what it is in the end comes from the committed blocks.
 """
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.causal import Token, causal, check_context
+from mlx_diffgemma.chat.markup import Content, Part, Reasoning, ReplyParser, ToolCall
 from mlx_diffgemma.config import CausalConfig, GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.markup import Content, Part, Reasoning, ReplyParser, ToolCall
 from mlx_diffgemma.pipeline import DiffusionGemma, Statistics, sampling_options, statistics
-from mlx_diffgemma.prefix import Context, PrefixCache
+from mlx_diffgemma.prefix_cache import Context, PrefixCache
 from mlx_diffgemma.sampler import Block, Draft, block_diffusion, check_lengths
-from mlx_diffgemma.settled import Front, Settled
+from mlx_diffgemma.settling import Front, Settled
 from mlx_diffgemma.tokenizer import Growing
 
 

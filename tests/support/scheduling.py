@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake import MODEL
 from numpy.typing import NDArray
 
 from mlx_diffgemma import DiffusionGemma
 from mlx_diffgemma.backends import Denoised
-from mlx_diffgemma.server import engine as engine_module
-from mlx_diffgemma.server.engine import Engine, Finished, Job
+from mlx_diffgemma.scheduler import engine as engine_module
+from mlx_diffgemma.scheduler.engine import Engine, Finished, Job
+from support.fake import MODEL
 
 WIDTH, SECONDS = 4, 20.0  # of a canvas; to wait for what must come
 

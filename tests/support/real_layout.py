@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 LAYERS, FULL_LAYERS = 30, (5, 11, 17, 23, 29)
 
 

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
-from packed import FORMATS, identifier, pack
 
 from mlx_diffgemma.backends.torch import kernels
 from mlx_diffgemma.checkpoint import Quantization
+from support.comparing import assert_close
+from support.packed import FORMATS, identifier, pack
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton's interpreter multiplies the bit patterns of bfloat16 as integers; it does float16 right, which takes the same way.

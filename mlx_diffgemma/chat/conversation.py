@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
+from mlx_diffgemma.chat.reply import Event, Reply, check_room, reply
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.markup import Content, Reasoning, ToolCall
 from mlx_diffgemma.pipeline import DiffusionGemma, sampling_options
-from mlx_diffgemma.prefix import Context, PrefixCache, read
-from mlx_diffgemma.reply import Event, Reply, check_room, reply
-from mlx_diffgemma.settled import Settled
+from mlx_diffgemma.prefix_cache import Context, PrefixCache, read
+from mlx_diffgemma.settling import Settled
 
 #: Says in a saved file what it is.
 FORMAT = "mlx-diffgemma conversation"
@@ -69,10 +69,10 @@ class Conversation:
         Args:
             message: the user's text; or a message, such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or
                 several.
-            mode, seed, stop, settled, logprobs, stopping, sampler: as in :func:`~mlx_diffgemma.reply.reply`.
+            mode, seed, stop, settled, logprobs, stopping, sampler: as in :func:`~mlx_diffgemma.chat.reply.reply`.
 
         Yields:
-            What :func:`~mlx_diffgemma.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next turn.
+            What :func:`~mlx_diffgemma.chat.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next turn.
 
         Raises:
             InputError: when the first event is asked for; the conversation stays as it was.

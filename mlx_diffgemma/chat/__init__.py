@@ -1,0 +1,1 @@
+"""Conversations: markup told apart, replies, and the turns of a user and a model."""

@@ -1,0 +1,1 @@
+"""The Sudoku that the model in the box solves."""

@@ -1,0 +1,1 @@
+"""Writing inside a text that is there: infilling, revising, proofreading."""

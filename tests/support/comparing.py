@@ -1,0 +1,21 @@
+"""Which backends are tested, and how closeness is asserted."""
+
+import os
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+#: Both, or those that the variable names.
+BACKENDS = tuple(os.environ.get("MLX_DIFFGEMMA_TEST_BACKENDS", "mlx,torch").split(","))
+
+
+def assert_close(actual: ArrayLike, expected: ArrayLike, atol: float, what: str) -> None:
+    """Assert that two arrays of one shape differ nowhere by more than ``atol``; prints the maximum and the mean difference."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    difference = np.abs(actual - expected)
+    worst = np.unravel_index(difference.argmax(), difference.shape)
+    report = f"{what}: differs by {difference.max():.3e} at most, {difference.mean():.3e} in the mean (allowed {atol:.0e})"
+    print(report)
+    # written so that NaN fails
+    assert difference.max() <= atol, f"{report}; worst at {tuple(map(int, worst))}: {actual[worst]} for {expected[worst]}"
