@@ -1,15 +1,19 @@
 """The line between deciding and computing: the :class:`Backend` protocol, and the choice of one.
 
-A backend is one loaded checkpoint on one framework and device. What crosses the line is NumPy and small: token ids in, three
-[B, L] arrays out. Logits (256 x 262,144 at the real size) and hidden states stay on the device, except in
-:meth:`Backend.logits`, which exists to compare backends.
+A backend is one loaded checkpoint on one framework and device. Two kinds of work cross the line, and each call takes one or more
+of one kind: a :class:`Piece` is a stretch of one text that the causal pass appends to its cache; a :class:`Row` is one canvas in
+one denoising step. Texts know nothing of each other: their lengths, temperatures and templates are their own.
+
+What crosses is NumPy and small: token ids in, three arrays of a canvas's length out. Logits (256 x 262,144 at the real size)
+and hidden states stay on the device, except in :meth:`Backend.logits`, which exists to compare backends.
 """
 
 import importlib
 import importlib.util
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -23,22 +27,88 @@ if TYPE_CHECKING:
 
 NAMES = ("mlx", "torch")
 DTYPES = ("float32", "bfloat16")
+BATCHES = ("exact", "fast")
 
-#: Positions that a causal pass takes at a time: bounds the memory of a long prompt, and keeps every product large.
-PREFILL_CHUNK = 2048
+#: Rows of different texts in one pass, unless another number is asked for.
+MAX_BATCH = 8
 
 #: Positions whose logits are held at once in scoring: as many as a denoising step holds of the released model.
 SCORE_TILE = 256
 
+#: Queries of a causal pass that look at the keys at once: bounds the mask and the scores, whatever the prompt's length.
+QUERY_TILE = 256
 
-class Denoised(NamedTuple):
-    """What one denoising step says of each canvas position.
+#: Keys whose scores are made at once where a wing has no fused attention.
+KEY_TILE = 4096
+
+
+class Cache(Protocol):
+    """Keys and values of one text's committed positions. Made by :meth:`Backend.new_cache`, filled by :meth:`Backend.encode`.
+
+    Buffers have room behind the committed positions: a canvas is written there, and what is appended too.
+    """
+
+    def __len__(self) -> int:
+        """Committed positions."""
+        ...
+
+    def fork(self) -> Self:
+        """A cache that begins as this one and goes on for itself. What is committed is shared, and copied when it must be."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, those shared with forks included."""
+        ...
+
+    def buffers(self) -> Mapping[int, int]:
+        """Bytes of each buffer, by the buffer's identity: forks that share one name the same."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A stretch of one text: what the causal pass reads at once, and appends to the text's cache.
 
     Attributes:
-        argmax: int32 [B, L], the most likely token.
-        sampled: int32 [B, L], a token drawn from softmax(logits / temperature); equals ``argmax`` where no noise keys were given.
-        entropy: float32 [B, L], nats, of softmax(logits / temperature).
-        self_conditioning: opaque but for [a:b], which is that of these rows; stays on the device; give it to the next step.
+        tokens: int32 [N], N at least 1.
+        cache: holds all that comes before; filled in place.
+    """
+
+    tokens: NDArray[np.int32]
+    cache: Cache
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One canvas, in one denoising step.
+
+    Attributes:
+        canvas: int32 [L], L from 1 to ``config.canvas_length``.
+        cache: what comes before the canvas; read, and left as it is.
+        temperature: above 0; divides the logits before every statistic.
+        noise_key: of this step (:func:`mlx_diffgemma.noise.sampling_key`), or None to draw nothing.
+        self_conditioning: that of the :class:`Denoised` of the canvas's previous step; None in its first step.
+        frozen: int32 [L], token ids, -1 where the model may write; None where it may everywhere. A frozen position answers its
+            own token with entropy 0 and feeds it, one-hot, to the next step.
+    """
+
+    canvas: NDArray[np.int32]
+    cache: Cache
+    temperature: float
+    noise_key: int | None = None
+    self_conditioning: Any = None
+    frozen: NDArray[np.int32] | None = None
+
+
+class Denoised(NamedTuple):
+    """What one denoising step says of a row.
+
+    Attributes:
+        argmax: int32 [L], the most likely tokens.
+        sampled: int32 [L], tokens drawn from softmax(logits / temperature); equals ``argmax`` where no noise key was given.
+        entropy: float32 [L], nats, of softmax(logits / temperature).
+        self_conditioning: opaque; stays on the device; goes into the next step's :class:`Row`.
     """
 
     argmax: NDArray[np.int32]
@@ -47,44 +117,12 @@ class Denoised(NamedTuple):
     self_conditioning: Any
 
 
-class Cache(Protocol):
-    """Keys and values of the committed positions. Made by :meth:`Backend.new_cache`, filled by :meth:`Backend.encode`."""
-
-    def __len__(self) -> int:
-        """Committed positions."""
-        ...
-
-    def repeated(self, rows: int) -> Self:
-        """A cache of ``rows`` rows that begins as this one of one row and goes on for itself; what is kept is shared."""
-        ...
-
-    def joined(self, others: Sequence[Self]) -> Self:
-        """A cache whose rows are those of this one and then those of ``others``, of the same length; it goes on for itself."""
-        ...
-
-    def windows(self) -> Any:
-        """What the sliding layers hold now, and lose as more is appended; it has a ``len``, the positions now, and ``nbytes``."""
-        ...
-
-    def cut(self, windows: Any) -> Self:
-        """A cache of the positions that this one held at an earlier :meth:`windows`, which goes on for itself.
-
-        Full layers are cut back; a sliding window cannot be rewound, and is put back as it was.
-        """
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values, those shared with other caches included."""
-        ...
-
-
 class Backend(Protocol):
     """One loaded checkpoint on one framework and device.
 
     Attributes:
-        exact_rows: a row of a batch comes out bit for bit as it would alone. Elsewhere it is rounded by another order of sums, by
-            about 1e-6 in float32, which a canvas that does not settle can blow up into other tokens.
+        exact_rows: a row, or a piece, comes out of a pass of several bit for bit as it would alone. Elsewhere it is rounded by
+            another order of sums, by about 1e-6 in float32, which a canvas that does not settle can blow up into other tokens.
     """
 
     name: str
@@ -93,68 +131,47 @@ class Backend(Protocol):
     config: ModelConfig
     exact_rows: bool
 
-    def new_cache(self, batch_size: int = 1) -> Cache:
-        """An empty cache for ``batch_size`` rows."""
+    def new_cache(self) -> Cache:
+        """An empty cache."""
         ...
 
-    def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
-        """Run tokens [B, N] through the causal pass and append their keys and values to ``cache``; returns when that is done.
+    def encode(self, pieces: Sequence[Piece]) -> None:
+        """Run pieces of different texts through the causal pass, and append their keys and values to their caches.
 
-        With ``logits``, the logits after the last of them, float32 [B, V]: the same weights are a causal language model. N may
-        be 0 where the cache holds something; the logits are then those after its last position.
+        Returns when that is done.
         """
         ...
 
-    def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
-        """As :meth:`encode`, and the natural-log probability of each token given all before it, float32 [B, N].
+    def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
+        """Logits float32 [B, V] after the last position of each cache: the same weights are a causal language model."""
+        ...
 
-        Of the softmax of the logits after the softcap, at temperature 1. The first token's condition is what is in the cache;
-        where that is empty it has none, and is NaN.
+    def score(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        """As :meth:`encode`, and the natural-log probability of each token given all before it, float32 [N] a piece.
+
+        Of the softmax of the logits after the softcap, at temperature 1. A text's first token has nothing before it: NaN.
         """
         ...
 
-    def denoise(
-        self,
-        canvas: NDArray[np.int32],
-        cache: Cache,
-        *,
-        temperature: float,
-        noise_keys: NDArray[np.uint32] | None = None,
-        self_conditioning: Any = None,
-        frozen: NDArray[np.int32] | None = None,
-    ) -> Denoised:
-        """One denoising step of ``canvas`` [B, L], L at most ``config.canvas_length``; ``cache`` is read and left as it is.
-
-        Args:
-            temperature: above 0; divides the logits before every statistic.
-            noise_keys: one key a row (:func:`mlx_diffgemma.noise.sampling_keys`), or None to draw nothing.
-            self_conditioning: that of the previous step's result, or None in a block's first step. Rows of one ([a:b]) stand for
-                those rows; a sequence of several, whose rows follow one another, for rows that earlier were steps of their own.
-            frozen: [L] for all rows, or [B, L]: token ids, -1 where the model may write. A frozen position answers its own
-                token with entropy 0 and feeds it, one-hot, to the next step.
-        """
+    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        """One denoising step of each row, in one pass over the model."""
         ...
 
-    def score_canvas(self, canvas: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
-        """Natural-log probability [B, L] of each token of ``canvas`` [B, L] where the model sees all of it, the token included.
+    def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        """Natural-log probability float32 [L] of each token of a canvas where the model sees all of it, the token included.
 
-        One denoising pass at temperature 1, without self-conditioning; ``cache`` is read and left as it is.
+        Of the same softmax(logits / temperature) as :meth:`denoise`; noise keys and frozen positions say nothing here.
         """
         ...
 
     def logits(
-        self,
-        tokens: NDArray[np.int32],
-        cache: Cache,
-        *,
-        causal: bool = False,
-        self_conditioning: Any = None,
-        trace: list[NDArray[np.float32]] | None = None,
-    ) -> NDArray[np.float32]:
-        """Logits float32 [B, L, V] after the softcap, for comparing backends.
+        self, parts: Sequence[Piece | Row], trace: list[list[NDArray[np.float32]]] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Logits float32 [N, V] after the softcap at every position of each part, for comparing backends.
 
-        Of a canvas, or, with ``causal``, of tokens that are appended to the cache as by :meth:`encode`. ``trace`` receives the
-        hidden states float32 [B, L, H] after the embedding, after each layer and after the final norm.
+        All parts are of one kind. Pieces are appended to their caches, as by :meth:`encode`. ``trace`` receives a list a part:
+        its hidden states float32 [N, H] after the embedding (of a canvas with the self-conditioning), after each layer and
+        after the final norm.
         """
         ...
 
@@ -163,15 +180,39 @@ class Backend(Protocol):
         ...
 
 
-def check_tokens(tokens: NDArray[np.int32], config: ModelConfig, *, cached: int = 0) -> None:
-    """Raise InputError unless ``tokens`` is [B, N], N at least 1 after an empty cache, with every id in the vocabulary."""
-    if tokens.ndim == 2 and len(tokens) and not tokens.size and cached:
-        return
-    if tokens.ndim != 2 or not tokens.size:
-        raise InputError(f"token ids must be of shape [rows, positions] with at least one position, got {list(tokens.shape)}")
+def check_tokens(tokens: NDArray[np.int32], config: ModelConfig) -> None:
+    """Raise InputError unless ``tokens`` is [N], N at least 1, with every id in the vocabulary."""
+    if tokens.ndim != 1 or not tokens.size:
+        raise InputError(f"token ids must be a list of at least one, got shape {list(tokens.shape)}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
         raise InputError(f"token id {wrong} is outside the vocabulary of {config.vocab_size} tokens")
+
+
+def check_rows(rows: Sequence[Row], config: ModelConfig) -> None:
+    """Raise InputError unless each row's length, template and temperature are what :class:`Row` says."""
+    for row in rows:
+        if len(row.canvas) > config.canvas_length:
+            raise InputError(f"a canvas of {len(row.canvas)} tokens is longer than the model's, {config.canvas_length}")
+        if row.frozen is not None and row.frozen.shape != row.canvas.shape:
+            raise InputError(f"frozen has shape {list(row.frozen.shape)}, and its canvas {list(row.canvas.shape)}")
+        if not row.temperature > 0:
+            raise InputError(f"temperature must be above 0, got {row.temperature}")
+
+
+def rows_in_pass(backend: Backend, batch: str, max_batch: int = MAX_BATCH) -> int:
+    """How many rows, or pieces, of different texts one pass may take.
+
+    Args:
+        batch: ``exact`` puts several into one pass only where that changes no bit (:attr:`Backend.exact_rows`); ``fast`` does so
+            everywhere, and tokens may then differ in rounding from those of a text that is written alone.
+        max_batch: rows in a pass at most; bounds its memory.
+
+    Raises InputError for another ``batch``.
+    """
+    if batch not in BATCHES:
+        raise InputError(f"unknown batch {batch!r}; known are {' and '.join(BATCHES)}")
+    return max_batch if batch == "fast" or backend.exact_rows else 1
 
 
 def default_backend() -> str:

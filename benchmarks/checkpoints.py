@@ -12,16 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES = {
-    # name: hidden, layers, experts, top k, vocabulary, canvas, heads, kv heads, head, full heads' size, window
-    "mid": (768, 8, 32, 4, 65_536, 256, 8, 4, 128, 256, 1024),
-    "small": (256, 6, 16, 4, 8_192, 128, 4, 2, 64, 128, 256),
-    "2GB": (1024, 16, 32, 4, 65_536, 256, 8, 4, 128, 256, 1024),
+    # name: hidden, layers, experts, top k, vocabulary, canvas, heads, (kv heads, head) sliding and full, window, context
+    "mid": (768, 8, 32, 4, 65_536, 256, 8, (4, 128), (2, 256), 1024, 8192),
+    "small": (256, 6, 16, 4, 8_192, 128, 4, (2, 64), (1, 128), 256, 8192),
+    "2GB": (1024, 16, 32, 4, 65_536, 256, 8, (4, 128), (2, 256), 1024, 8192),
+    "long": (128, 2, 4, 2, 512, 256, 16, (8, 256), (2, 512), 1024, 262_144),
 }
 
 
 def config(shape: str) -> dict:
     """A config.json in the hub's layout. The intermediate sizes keep the real model's ratios to the hidden size, 3/4 and 1/4."""
-    hidden, layers, experts, top_k, vocabulary, canvas, heads, kv_heads, head, full_head, window = SHAPES[shape]
+    hidden, layers, experts, top_k, vocabulary, canvas, heads, sliding, full, window, context = SHAPES[shape]
     kinds = ["full_attention" if layer % 6 == 5 or layer == layers - 1 else "sliding_attention" for layer in range(layers)]
     text = {
         "model_type": "diffusion_gemma_text",
@@ -31,15 +32,15 @@ def config(shape: str) -> dict:
         "moe_intermediate_size": hidden // 4,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "num_global_key_value_heads": kv_heads // 2,
-        "head_dim": head,
-        "global_head_dim": full_head,
+        "num_key_value_heads": sliding[0],
+        "num_global_key_value_heads": full[0],
+        "head_dim": sliding[1],
+        "global_head_dim": full[1],
         "num_experts": experts,
         "top_k_experts": top_k,
         "sliding_window": window,
         "layer_types": kinds,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-6,
         "final_logit_softcapping": 30.0,
         "hidden_activation": "gelu_pytorch_tanh",

@@ -22,9 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from real_layout import LAYERS, config, stored_tensors  # noqa: E402
-
 from mlx_diffgemma.reports.speed import Machine  # noqa: E402
+from support.real_layout import LAYERS, config, stored_tensors  # noqa: E402
 
 SHARD_BYTES = 5_000_000_000
 

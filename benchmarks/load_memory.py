@@ -22,14 +22,14 @@ import torch
 PROBE = """
 import json, resource, sys
 import numpy as np
-from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.backends import Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 checkpoint = Checkpoint.open(sys.argv[1])
 backend = load_backend(checkpoint, sys.argv[2], device="cpu", dtype=sys.argv[3])
 loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-cache = backend.new_cache()
-backend.encode(np.arange(8, dtype=np.int32)[None], cache)
-backend.denoise(np.arange(8, dtype=np.int32)[None], cache, temperature=1.0)
+cache, tokens = backend.new_cache(), np.arange(8, dtype=np.int32)
+backend.encode([Piece(tokens, cache)])
+backend.denoise([Row(tokens, cache, temperature=1.0)])
 print(json.dumps({"load": loaded, "step": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
 

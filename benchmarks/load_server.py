@@ -27,10 +27,12 @@ from typing import Any
 import httpx
 import numpy as np
 
-from mlx_diffgemma import DiffusionGemma, load
-from mlx_diffgemma.chat.reply import Reply, reply
+from mlx_diffgemma import DiffusionGemma, Generation, Reply, load
+from mlx_diffgemma.backends import BATCHES
+from mlx_diffgemma.chat.reply import reply
 from mlx_diffgemma.demo.sudoku import fresh_puzzle
-from mlx_diffgemma.prefix_cache import PrefixCache, read
+from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.writing import Writing, sampling_config, write
 
 KEY = "load-test"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -77,12 +79,11 @@ def make_cases(model: DiffusionGemma, count: int, rng: random.Random) -> list[Ca
     """Requests of mixed lengths and kinds, with their answers."""
     cases = []
     for seed in range(count):
-        options: dict[str, Any] = {"max_new_tokens": rng.choice([8, 40, 40, 80, 120])}
-        body: dict[str, Any] = {"model": "sudoku", "seed": seed, "max_tokens": options["max_new_tokens"]}
+        body: dict[str, Any] = {"model": "sudoku", "seed": seed, "max_tokens": rng.choice([8, 40, 40, 80, 120])}
         if rng.random() < 0.2:
-            body["mode"] = options["mode"] = "causal"
+            body["mode"] = "causal"
         if rng.random() < 0.2:
-            body["stop"] = options["stop"] = [str(rng.randint(1, 6)) * 2]
+            body["stop"] = [str(rng.randint(1, 6)) * 2]
         if rng.random() < 0.2:
             body["n"] = rng.randint(2, 3)
         if rng.random() < 0.2:
@@ -99,16 +100,23 @@ def make_cases(model: DiffusionGemma, count: int, rng: random.Random) -> list[Ca
                 ]
             body["messages"] = messages[:-1]
             ids = model.prompt_ids(messages[:-1])
-        replies = [alone(model, ids, seed + choice, path, options) for choice in range(body.get("n", 1))]
+        replies = [alone(model, ids, seed + choice, path, body) for choice in range(body.get("n", 1))]
         cases.append(Case(path, body, [one.content for one in replies], [one.finish_reason for one in replies]))
     return cases
 
 
-def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, options: dict[str, Any]) -> Reply:
-    context = read(model.backend, ids, PrefixCache(0), end_of_turn_id=model.tokenizer.end_of_turn_id)
-    *_, last = reply(model, context, seed=seed, markup="chat" in path, **options)
-    assert isinstance(last, Reply)
-    return last
+def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, body: dict[str, Any]) -> Reply:
+    """The library's answer to one choice of a request."""
+    options = {"max_new_tokens": body["max_tokens"]}
+    config = sampling_config(model.checkpoint.generation, body.get("mode", "diffusion"), options)
+    writing, context = Writing(config, seed, tuple(body.get("stop", ()))), read(model.backend, ids, model.piece_rule)
+    if "chat" in path:
+        *_, last = reply(model, context, writing)
+        assert isinstance(last, Reply)
+        return last
+    *_, written = write(model.backend, model.tokenizer, context, writing)
+    assert isinstance(written, Generation)
+    return Reply.of(written)
 
 
 async def client(http: httpx.AsyncClient, cases: list[Case], until: float, tally: Tally, rng: random.Random) -> None:
@@ -240,7 +248,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--backend", default="torch")
-    parser.add_argument("--max-batch", type=int, help="the server's; with 8 PyTorch batches, and some answers differ")
+    parser.add_argument("--batch", choices=BATCHES, default="exact", help="the server's; in fast ones, PyTorch's may differ")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     cases = make_cases(load("sudoku", backend=arguments.backend, dtype="float32"), arguments.cases, random.Random(0))
@@ -249,8 +257,7 @@ def main() -> None:
         port = free.getsockname()[1]
     program = str(Path(sys.executable).with_name("mlx-diffgemma"))
     command = [program, "serve", "sudoku", "--port", str(port), "--backend", arguments.backend]
-    command += ["--dtype", "float32", "--cache-memory", "64MiB"]
-    command += ["--max-batch", str(arguments.max_batch)] if arguments.max_batch else []
+    command += ["--dtype", "float32", "--cache-memory", "64MiB", "--batch", arguments.batch]
     environment = {**os.environ, "MLX_DIFFGEMMA_API_KEY": KEY}
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:

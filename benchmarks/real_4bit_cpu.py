@@ -31,12 +31,11 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from real_layout import DATA, stored_tensors  # noqa: E402
-
 from mlx_diffgemma import noise  # noqa: E402
-from mlx_diffgemma.backends import load_backend  # noqa: E402
+from mlx_diffgemma.backends import Piece, Row, load_backend  # noqa: E402
 from mlx_diffgemma.checkpoint import Checkpoint  # noqa: E402
 from mlx_diffgemma.reports.speed import Machine  # noqa: E402
+from support.real_layout import DATA, stored_tensors  # noqa: E402
 
 SHARD_BYTES, PIECE = 5_000_000_000, 2**24
 ITEMSIZE = {"BF16": 2, "U32": 4}
@@ -136,7 +135,7 @@ def run(folder: Path, threads: int, steps: int) -> dict[str, Any]:
     """Load, prefill and denoise; the figures."""
     import torch
 
-    from mlx_diffgemma.backends.torch import quantized
+    from mlx_diffgemma.backends.torch import packing, quantized
     from mlx_diffgemma.backends.torch import step as step_module
 
     torch.set_num_threads(threads)
@@ -148,24 +147,24 @@ def run(folder: Path, threads: int, steps: int) -> dict[str, Any]:
     cache = backend.new_cache()
 
     started = time.perf_counter()
-    backend.encode(noise.canvas_tokens([0], 0, 0, PROMPT, config.vocab_size), cache)
+    backend.encode([Piece(noise.canvas_tokens(0, 0, 0, PROMPT, config.vocab_size), cache)])
     seconds["prefill"] = time.perf_counter() - started
     memory["after prefill"] = resident()
 
     signal, clock, seconds["steps"] = None, Clock(), []
     for step in range(1, steps + 1):
         if step == steps:
-            clock.watch(quantized, "dequantize", "dequantize")
+            clock.watch(packing, "dequantize", "dequantize")
             clock.watch(quantized.QuantizedExpertLinear, "forward", "products, experts")
             clock.watch(quantized.QuantizedLinear, "forward", "products, other projections")
             clock.watch(quantized.QuantizedEmbedding, "as_linear", "products, output head")
             clock.watch(quantized.QuantizedEmbedding, "weighted_rows", "products, self-conditioning embeddings")
             clock.watch(step_module, "statistics", "softcap, softmax, entropy and sampling")
             clock.watch(backend, "denoise", "the rest: attention, norms, routing")
-        canvas = noise.canvas_tokens([0], 1, step, config.canvas_length, config.vocab_size)
-        keys = noise.sampling_keys([0], 1, step)
+        canvas = noise.canvas_tokens(0, 1, step, config.canvas_length, config.vocab_size)
+        row = Row(canvas, cache, 0.8, noise.sampling_key(0, 1, step), signal)
         started = time.perf_counter()
-        result = backend.denoise(canvas, cache, temperature=0.8, noise_keys=keys, self_conditioning=signal)
+        [result] = backend.denoise([row])
         seconds["steps"].append(time.perf_counter() - started)
         signal = result.self_conditioning
         assert np.isfinite(result.entropy).all()

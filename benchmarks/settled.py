@@ -32,8 +32,8 @@ def main() -> None:
             for event in model.stream(fresh_puzzle(6, clues, seed).clues.text(), seed=seed):
                 if isinstance(event, Draft):
                     for front in fronts:
-                        front.update(event.argmax[0], event.entropy[0])
-                    if not event.done[0]:
+                        front.update(event.argmax, event.entropy)
+                    if not event.done:
                         shown = [len(front.tokens) for front in fronts]
                 elif isinstance(event, Block):
                     blocks += 1
@@ -41,7 +41,7 @@ def main() -> None:
                         early[index] += shown[index]
                         ends = np.flatnonzero(np.isin(front.tokens, model.checkpoint.generation.eos_token_ids))
                         told = front.tokens[: ends[0] + 1] if ends.size else front.tokens  # nobody is shown what is behind
-                        wrong[index] += int((told != event.tokens[0][: len(told)]).sum())
+                        wrong[index] += int((told != event.tokens[: len(told)]).sum())
     results = [
         {"steps": rule.steps, "entropy": rule.entropy, "early": early[index] / blocks, "wrong": wrong[index]}
         for index, rule in enumerate(RULES)

@@ -26,9 +26,9 @@ import numpy as np
 from mlx_vlm.generate import diffusion
 from mlx_vlm.models.diffusion_gemma import Model, ModelConfig
 
-from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.backends import Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.sampler import block_diffusion
+from mlx_diffgemma.sampler import Text, block_diffusion
 
 PREFIX = 200
 
@@ -59,14 +59,15 @@ def main() -> None:
         backend = load_backend(checkpoint, "mlx", device="cpu", dtype="float32")
         other = peer(folder)
     length = checkpoint.config.canvas_length
-    prompt = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, (1, PREFIX), dtype=np.int32)
+    prompt = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, PREFIX, dtype=np.int32)
 
     cache, theirs_cache = backend.new_cache(), other.make_cache()
-    backend.encode(prompt, cache)
-    theirs_cache = other.diffusion_prefill_cache(mx.array(prompt), attention_mask=None, cache=theirs_cache)
-    canvas = prompt[:, :length]
-    logits = np.array(other.diffusion_decoder_logits(mx.array(canvas), cache=theirs_cache, self_conditioning=None))
-    print(f"largest difference of the two programs' logits: {np.abs(logits - backend.logits(canvas, cache)).max():.1e}")
+    backend.encode([Piece(prompt, cache)])
+    theirs_cache = other.diffusion_prefill_cache(mx.array(prompt[None]), attention_mask=None, cache=theirs_cache)
+    canvas = prompt[:length]
+    logits = np.array(other.diffusion_decoder_logits(mx.array(canvas[None]), cache=theirs_cache, self_conditioning=None))[0]
+    [ours_logits] = backend.logits([Row(canvas, cache, temperature=1.0)])
+    print(f"largest difference of the two programs' logits: {np.abs(logits - ours_logits).max():.1e}")
 
     text = SimpleNamespace(add_token=lambda *_, **__: None, last_segment="", finalize=lambda: None)
     diffusion.make_streaming_detokenizer = lambda _: text  # the sampler is timed, not the text
@@ -75,7 +76,7 @@ def main() -> None:
         config = checkpoint.generation.replace(
             max_new_tokens=length, max_denoising_steps=steps, confidence_threshold=1e-9, eos_token_ids=()
         )
-        for _ in block_diffusion(backend, prompt, config, seed=0):
+        for _ in block_diffusion(backend, Text(prompt), config):
             pass
 
     def theirs(steps: int) -> None:
@@ -83,7 +84,7 @@ def main() -> None:
             other,
             None,
             SimpleNamespace(stopping_criteria=lambda _: False),
-            mx.array(prompt),
+            mx.array(prompt[None]),
             None,
             None,
             max_tokens=length,

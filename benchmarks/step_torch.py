@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from mlx_diffgemma import Draft
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.sampler import block_diffusion
+from mlx_diffgemma.sampler import Text, block_diffusion
 
 PREFIX = 600
 
@@ -43,13 +43,13 @@ def main() -> None:
         checkpoint = Checkpoint.open(folder)
         backend = load_backend(checkpoint, "torch", device="cpu", dtype="float32")
         reference = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, (1, PREFIX), dtype=np.int32)
+    prompt = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, PREFIX, dtype=np.int32)
     config = checkpoint.generation.replace(
         max_new_tokens=checkpoint.config.canvas_length, max_denoising_steps=arguments.steps, confidence_threshold=1e-9
     )
 
     def ours() -> list[float]:
-        return [event.seconds for event in block_diffusion(backend, prompt, config, seed=0) if isinstance(event, Draft)]
+        return [event.seconds for event in block_diffusion(backend, Text(prompt), config) if isinstance(event, Draft)]
 
     def theirs() -> list[float]:
         seconds, step = [], type(reference)._denoising_step
@@ -63,7 +63,7 @@ def main() -> None:
         type(reference)._denoising_step = timed
         try:
             reference.generate(
-                torch.from_numpy(prompt).long(),
+                torch.from_numpy(prompt).long()[None],
                 max_new_tokens=config.max_new_tokens,
                 max_denoising_steps=arguments.steps,
                 confidence_threshold=1e-9,

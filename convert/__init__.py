@@ -11,11 +11,11 @@ The output is read by both backends, and by mlx-vlm. Planning needs no framework
 """
 
 from mlx_diffgemma.convert.folder import check_repository, side_files, upload
-from mlx_diffgemma.convert.recipe import MODES, RECIPES, Plan, make_recipe, parse_format
+from mlx_diffgemma.convert.recipe import NAMED_FORMATS, RECIPES, Plan, make_recipe, parse_format
 from mlx_diffgemma.convert.shards import Progress, write
 
 __all__ = [
-    "MODES",
+    "NAMED_FORMATS",
     "RECIPES",
     "Plan",
     "Progress",

@@ -24,7 +24,11 @@ Recipe = Mapping[str, Format]
 
 AFFINE_GROUPS, AFFINE_BITS = FORMATS["affine"]
 #: The modes whose group size and bits are fixed.
-MODES = {"mxfp4": Quantization(32, 4, "mxfp4"), "mxfp8": Quantization(32, 8, "mxfp8"), "nvfp4": Quantization(16, 4, "nvfp4")}
+NAMED_FORMATS = {
+    "mxfp4": Quantization(32, 4, "mxfp4"),
+    "mxfp8": Quantization(32, 8, "mxfp8"),
+    "nvfp4": Quantization(16, 4, "nvfp4"),
+}
 
 _ITEMSIZE = {"U32": 4, "BF16": 2, "U8": 1}
 _SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -40,8 +44,8 @@ RECIPES: Mapping[str, Recipe] = {
     "4bit": _recipe(Quantization(64, 4), _EIGHT),
     "6bit": _recipe(Quantization(64, 6), _EIGHT),
     "8bit": _recipe(_EIGHT, _EIGHT),
-    "mxfp4": _recipe(MODES["mxfp4"], _EIGHT),
-    "nvfp4": _recipe(MODES["nvfp4"], _EIGHT),
+    "mxfp4": _recipe(NAMED_FORMATS["mxfp4"], _EIGHT),
+    "nvfp4": _recipe(NAMED_FORMATS["nvfp4"], _EIGHT),
     "bf16": _recipe(None, None),
 }
 
@@ -50,11 +54,11 @@ def parse_format(text: str) -> Format:
     """A format as the command line writes it: ``BITS[:GROUP]`` (affine, groups of 64), mxfp4, mxfp8, nvfp4, or bf16."""
     if text == "bf16":
         return None
-    if text in MODES:
-        return MODES[text]
+    if text in NAMED_FORMATS:
+        return NAMED_FORMATS[text]
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     if match is None:
-        raise InputError(f"unknown format {text!r}; known are BITS[:GROUP], {', '.join(MODES)} and bf16")
+        raise InputError(f"unknown format {text!r}; known are BITS[:GROUP], {', '.join(NAMED_FORMATS)} and bf16")
     bits, group_size = int(match[1]), int(match[2] or 64)
     if bits not in AFFINE_BITS:
         raise InputError(f"format {text!r}: {bits} bits are not possible; possible are {', '.join(map(str, AFFINE_BITS))}")

@@ -15,7 +15,7 @@ from mlx_diffgemma.cli.demo import board_size, prompt_tokens
 from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, Settling
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.demo.sudoku import Grid
-from mlx_diffgemma.sampler import Draft, block_diffusion
+from mlx_diffgemma.sampler import Draft, Text, block_diffusion
 
 SEED, CLUES = 6, 12
 PANELS = 6  # steps in the first picture
@@ -31,7 +31,7 @@ def record(model: str) -> tuple[Grid, list[Draft]]:
     size = board_size(checkpoint.config.canvas_length)
     clues = sudoku.fresh_puzzle(size, CLUES, SEED).clues
     config = checkpoint.generation.replace(max_new_tokens=checkpoint.config.canvas_length)
-    events = block_diffusion(load_backend(checkpoint), prompt_tokens(clues), config, seed=SEED)
+    events = block_diffusion(load_backend(checkpoint), Text(prompt_tokens(clues), SEED), config)
     return clues, [event for event in events if isinstance(event, Draft)]
 
 
@@ -46,10 +46,10 @@ def canvas_picture(clues: Grid, drafts: Sequence[Draft]) -> str:
         left, top = 12 + panel * (side + 20), 34
         draft = drafts[index]
         parts.append(text(left, 22, f"step {draft.step}", INK, weight="bold"))
-        digits = sudoku.from_tokens(draft.argmax[0, : size * size], size).tolist()
+        digits = sudoku.from_tokens(draft.argmax[: size * size], size).tolist()
         for cell, digit in enumerate(digits):
             x, y = left + cell % size * CELL, top + cell // size * CELL
-            parts.append(rectangle(x, y, CELL, CELL, shade(draft.entropy[0, cell], size), FAINT))
+            parts.append(rectangle(x, y, CELL, CELL, shade(draft.entropy[cell], size), FAINT))
             given, state = clues.cells[cell] == digit, states[index][cell]
             colour = ORANGE if state == TAKEN_BACK else INK if given else GREEN if state == SETTLED else FAINT
             weight = "bold" if given or state == TAKEN_BACK else "normal"
@@ -82,11 +82,11 @@ def acceptance_picture(clues: Grid, drafts: Sequence[Draft]) -> str:
         parts.append(text(left - 8, y + 13, str(draft.step), INK, anchor="end"))
         for cell in range(cells):
             x = left + cell * wide
-            parts.append(rectangle(x, y, wide, high, shade(draft.entropy[0, cell], clues.size), "#d0d7de"))
-            if draft.accepted[0, cell]:
+            parts.append(rectangle(x, y, wide, high, shade(draft.entropy[cell], clues.size), "#d0d7de"))
+            if draft.accepted[cell]:
                 parts.append(f'<circle cx="{x + wide / 2}" cy="{y + high / 2}" r="2.5" fill="{INK}"/>')
-        parts.append(text(right, y + 13, f"{draft.entropy[0, :cells].mean():.3f}", INK))
-        parts.append(text(right + 78, y + 13, f"{draft.accepted[0, :cells].sum()} of {cells}", INK))
+        parts.append(text(right, y + 13, f"{draft.entropy[:cells].mean():.3f}", INK))
+        parts.append(text(right + 78, y + 13, f"{draft.accepted[:cells].sum()} of {cells}", INK))
     parts.append(text(12, 34, "step", INK))
     return picture(right + 160, top + len(drafts) * high + 12, parts)
 

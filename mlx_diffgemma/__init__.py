@@ -9,19 +9,22 @@ Importing this package imports neither framework; loading a model imports the on
 
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.chat.conversation import Conversation
-from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
 from mlx_diffgemma.chat.reply import Reply
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
-from mlx_diffgemma.editing.infilling import Hole, Infill
-from mlx_diffgemma.editing.revising import Doubt, Revision
+from mlx_diffgemma.editing.infilling import Candidate, Filling, Hole, Infill, infill
+from mlx_diffgemma.editing.proofreading import Doubt, proofread
+from mlx_diffgemma.editing.revising import Revision, revise
 from mlx_diffgemma.errors import BackendError, CheckpointError, DiffGemmaError, InputError
-from mlx_diffgemma.pipeline import DiffusionGemma, Generation, Score, Statistics, load
+from mlx_diffgemma.pipeline import DiffusionGemma, Score, load
+from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Block, Draft
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.writing import Content, Generation, Reasoning, Statistics, ToolCall
 
 __all__ = [
     "BackendError",
     "Block",
+    "Candidate",
     "CausalConfig",
     "CheckpointError",
     "Content",
@@ -30,11 +33,13 @@ __all__ = [
     "DiffusionGemma",
     "Doubt",
     "Draft",
+    "Filling",
     "Generation",
     "GenerationConfig",
     "Hole",
     "Infill",
     "InputError",
+    "PrefixCache",
     "Reasoning",
     "Reply",
     "Revision",
@@ -43,5 +48,8 @@ __all__ = [
     "Statistics",
     "Token",
     "ToolCall",
+    "infill",
     "load",
+    "proofread",
+    "revise",
 ]

@@ -2,54 +2,46 @@
 
 The cache, the end tokens and the padding are those of the diffusion, which may go on where this stops, and the other way round.
 
-The logits of one position cross the backend's line, once a token and row: 1 MiB at the released model's vocabulary of 262,144.
+The logits of one position cross the backend's line, once a token: 1 MiB at the released model's vocabulary of 262,144.
 The choice is then made here, once for all backends.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, Cache, check_tokens
+from mlx_diffgemma.backends import Backend, Piece
 from mlx_diffgemma.config import CausalConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sampler import row_seeds
+from mlx_diffgemma.prompts import chunks
+from mlx_diffgemma.sampler import Text, check_prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Token:
-    """A new token of each row.
+    """A new token.
 
     Attributes:
         index: from 0.
-        tokens: int32 [B, 1]; padding in rows that had ended before.
-        ended: bool [B], rows whose text has ended.
+        token: its id.
+        ended: whether it ends the text.
         seconds: wall time of its pass (the first one is that of the prompt) and of the choice.
-        logprobs: float32 [B, 1], the natural-log probability of each token after all before it, at temperature 1; None where
-            not asked for.
+        logprob: its natural-log probability after all before it, at temperature 1; None where not asked for.
     """
 
     index: int
-    tokens: NDArray[np.int32]
-    ended: NDArray[np.bool_]
+    token: int
+    ended: bool
     seconds: float
-    logprobs: NDArray[np.float32] | None = None
+    logprob: float | None = None
 
 
-def causal(
-    backend: Backend,
-    prompt: NDArray[np.int32],
-    config: CausalConfig,
-    *,
-    seed: int | Sequence[int],
-    cache: Cache | None = None,
-    logprobs: bool = False,
-) -> Iterator[Token]:
-    """Write up to ``config.max_new_tokens`` tokens after ``prompt``, each by a pass of its own.
+def causal(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Token]:
+    """Write up to ``config.max_new_tokens`` tokens of a text, each by a pass of its own.
 
     A token is argmax(logits / temperature + Gumbel noise) over the tokens that ``top_k`` and ``top_p`` leave. The noise is stream
     3 of :mod:`mlx_diffgemma.noise`; it counts the tokens of this call from 0, so a text that changes modes needs a seed for each
@@ -59,26 +51,23 @@ def causal(
     token is not in it yet, and is the prompt of what follows.
 
     Args:
-        prompt: int32 [B, N], N at least 1, or 0 after a cache that holds it all; rows are independent.
-        seed: one for all rows, or one a row; 0 to 2^64 - 1. Same seed, same tokens, in any batch and on any backend.
-        cache: of B rows, already holding what comes before ``prompt``; it is filled in place. By default a new one.
-        logprobs: tell the probability of each token.
+        text: without ``frozen`` and ``canvas``, which belong to the diffusion.
 
     Yields:
-        A :class:`Token` after each pass, up to the one in which the last row ends.
+        A :class:`Token` after each pass, up to the one that ends the text.
 
     Raises:
         InputError: before anything is computed.
     """
-    cache = backend.new_cache(len(prompt)) if cache is None else cache
-    check_context(backend.config, config, prompt, len(cache))
-    return _tokens(backend, prompt, config, row_seeds(seed, len(prompt)), cache, logprobs)
+    check_causal(backend.config, text, config)
+    return _tokens(backend, text, config)
 
 
-def check_context(model: ModelConfig, config: CausalConfig, prompt: NDArray[np.int32], cached: int) -> None:
-    """Raise InputError unless ``prompt`` after ``cached`` positions, and the new tokens after it, fit the model."""
-    check_tokens(prompt, model, cached=cached)
-    before = cached + prompt.shape[1]
+def check_causal(model: ModelConfig, text: Text, config: CausalConfig) -> None:
+    """Raise InputError unless the text can be written by the model."""
+    before = check_prompt(model, text)
+    if text.frozen is not None or text.canvas is not None:
+        raise InputError("frozen and canvas belong to the diffusion mode; leave them out, or change the mode")
     if before + config.max_new_tokens > model.max_position_embeddings:
         raise InputError(
             f"{before} prompt tokens and {config.max_new_tokens} new ones exceed the model's context of "
@@ -86,25 +75,23 @@ def check_context(model: ModelConfig, config: CausalConfig, prompt: NDArray[np.i
         )
 
 
-def _tokens(
-    backend: Backend, prompt: NDArray[np.int32], config: CausalConfig, seeds: list[int], cache: Cache, with_logprobs: bool
-) -> Iterator[Token]:
-    context, ended = prompt, np.zeros(len(prompt), bool)
+def _tokens(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Token]:
+    cache = backend.new_cache() if text.cache is None else text.cache
+    pending = chunks(text.prompt)
     for index in range(config.max_new_tokens):
         started = time.perf_counter()
-        logits = backend.encode(context, cache, logits=True)
-        assert logits is not None
-        keys = noise.causal_keys(seeds, index)
-        chosen = np.array([choose(row, config, key) for row, key in zip(logits, keys, strict=True)])
-        context = np.where(ended, config.pad_token_id, chosen).astype(np.int32)[:, None]
-        ended = ended | np.isin(context[:, 0], config.eos_token_ids)
-        logprobs = _logprobs(logits, context) if with_logprobs else None
-        yield Token(index, context, ended, time.perf_counter() - started, logprobs)
-        if ended.all():
+        for tokens in pending:
+            backend.encode([Piece(tokens, cache)])
+        logits = backend.next_logits([cache])[0]
+        token = choose(logits, config, noise.causal_key(text.seed, index))
+        pending, ended = [np.array([token], np.int32)], token in config.eos_token_ids
+        logprob = _logprob(logits, token) if text.logprobs else None
+        yield Token(index, token, ended, time.perf_counter() - started, logprob)
+        if ended:
             return
 
 
-def choose(logits: NDArray[np.float32], config: CausalConfig, key: np.uint32) -> int:
+def choose(logits: NDArray[np.float32], config: CausalConfig, key: int) -> int:
     """A token id under logits [V] and the noise of ``key``."""
     if config.greedy:
         return int(logits.argmax())
@@ -134,12 +121,11 @@ def floor(scores: NDArray[np.float32], top_k: int | None, top_p: float | None) -
     return float(lowest)
 
 
-def _gumbel(key: np.uint32, tokens: NDArray[np.int64] | np.int64) -> NDArray[np.float32]:
-    return noise.gumbel(np.asarray(key), np.zeros((), np.uint32), np.asarray(tokens, np.uint32))
+def _gumbel(key: int, tokens: NDArray[np.int64] | np.int64) -> NDArray[np.float32]:
+    return noise.gumbel(np.asarray(key, np.uint32), np.zeros((), np.uint32), np.asarray(tokens, np.uint32))
 
 
-def _logprobs(logits: NDArray[np.float32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Log-probabilities [B, 1] of tokens [B, 1] under logits [B, V]."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    normed = np.take_along_axis(shifted, tokens, axis=-1) - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return np.asarray(normed, np.float32)
+def _logprob(logits: NDArray[np.float32], token: int) -> float:
+    """Log-probability of a token under logits [V]."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))

@@ -7,13 +7,11 @@ Three streams:
 
 1. canvas tokens: the first canvas (step 0) and the renoising after the s-th denoising step (step s >= 1);
 2. sampling: Gumbel noise over the vocabulary in the s-th denoising step (s from 1), made by the backend from
-   :func:`sampling_keys`;
-3. causal sampling: Gumbel noise over the vocabulary for the n-th new token (n from 0), under :func:`causal_keys`.
+   :func:`sampling_key`;
+3. causal sampling: Gumbel noise over the vocabulary for the n-th new token (n from 0), under :func:`causal_key`.
 
 ``mix`` is the 32-bit finalizer "lowbias32" of C. Wellons' hash prospector (https://nullprogram.com/blog/2018/07/31/).
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,36 +55,35 @@ def bits(keys: NDArray[np.uint32] | int, positions: NDArray[np.uint32]) -> NDArr
         return mix(mix(np.asarray(positions, np.uint32) ^ keys) + keys)
 
 
-def canvas_tokens(seeds: Sequence[int], block: int, step: int, length: int, vocab_size: int) -> NDArray[np.int32]:
-    """Uniform token ids [B, length], one row a seed: the first canvas (step 0) or what renoises after step ``step``."""
-    random = _canvas_bits(seeds, block, step, length)
+def canvas_tokens(seed: int, block: int, step: int, length: int, vocab_size: int) -> NDArray[np.int32]:
+    """Uniform token ids [length]: the first canvas (step 0), or what renoises after step ``step``."""
+    random = _canvas_bits(seed, block, step, length)
     return ((random.astype(np.uint64) * np.uint64(vocab_size)) >> np.uint64(32)).astype(np.int32)
 
 
-def replaced(seeds: Sequence[int], block: int, length: int, strength: float) -> NDArray[np.bool_]:
-    """Which positions [B, length] of a draft give way to the first canvas's random token: each with probability ``strength``.
+def replaced(seed: int, block: int, length: int, strength: float) -> NDArray[np.bool_]:
+    """Which positions [length] of a draft give way to the first canvas's random token: each with probability ``strength``.
 
     Those where mix(h) < strength * 2^32, h being the bits that the random token is made of; so a position that is replaced at
     one strength is so at every higher one.
     """
-    words = mix(_canvas_bits(seeds, block, 0, length))
+    words = mix(_canvas_bits(seed, block, 0, length))
     chosen: NDArray[np.bool_] = words < strength * 2.0**32
     return chosen
 
 
-def _canvas_bits(seeds: Sequence[int], block: int, step: int, length: int) -> NDArray[np.uint32]:
-    keys = np.array([key(seed, CANVAS_STREAM, block, step) for seed in seeds], np.uint32)
-    return bits(keys[:, None], np.arange(length, dtype=np.uint32)[None, :])
+def _canvas_bits(seed: int, block: int, step: int, length: int) -> NDArray[np.uint32]:
+    return bits(key(seed, CANVAS_STREAM, block, step), np.arange(length, dtype=np.uint32))
 
 
-def sampling_keys(seeds: Sequence[int], block: int, step: int) -> NDArray[np.uint32]:
-    """Keys [B] of the Gumbel noise in denoising step ``step`` (from 1): ``noise_keys`` of :meth:`Backend.denoise`."""
-    return np.array([key(seed, SAMPLING_STREAM, block, step) for seed in seeds], np.uint32)
+def sampling_key(seed: int, block: int, step: int) -> int:
+    """Key of the Gumbel noise in denoising step ``step`` (from 1): the ``noise_key`` of a backend's row."""
+    return key(seed, SAMPLING_STREAM, block, step)
 
 
-def causal_keys(seeds: Sequence[int], index: int) -> NDArray[np.uint32]:
-    """Keys [B] of the Gumbel noise for new token ``index`` (from 0) of the causal mode; its position is 0."""
-    return np.array([key(seed, CAUSAL_STREAM, index, 0) for seed in seeds], np.uint32)
+def causal_key(seed: int, index: int) -> int:
+    """Key of the Gumbel noise for new token ``index`` (from 0) of the causal mode; its position is 0."""
+    return key(seed, CAUSAL_STREAM, index, 0)
 
 
 def gumbel(keys: NDArray[np.uint32], positions: NDArray[np.uint32], tokens: NDArray[np.uint32]) -> NDArray[np.float32]:

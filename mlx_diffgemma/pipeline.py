@@ -1,93 +1,24 @@
 """From a checkpoint and a prompt to text: the tokenizer, a backend and the sampler put together."""
 
 import math
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, check_tokens, chosen_backend, load_backend
-from mlx_diffgemma.causal import Token, causal
+from mlx_diffgemma.backends import Backend, Piece, check_tokens, chosen_backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.config import CausalConfig, GenerationConfig
-from mlx_diffgemma.editing.texts import Editing
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sampler import Block, Draft, block_diffusion
+from mlx_diffgemma.options import SamplerOptions, spelled_out
+from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
+from mlx_diffgemma.settling import Settled
 from mlx_diffgemma.tokenizer import Tokenizer
-
-#: A text, a conversation of {"role": ..., "content": ...} messages, or token ids.
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-
-#: Two ways to write with one model: a canvas at a time, or one token at a time.
-MODES = ("diffusion", "causal")
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a generation took.
-
-    Attributes:
-        prompt_tokens: tokens before the first canvas.
-        new_tokens: tokens written, the end token included and the padding behind it not.
-        denoising_steps: of each block; none in the causal mode, whose every pass is the encoder's.
-        encode_seconds, denoise_seconds: wall time in either.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    denoising_steps: tuple[int, ...]
-    encode_seconds: float
-    denoise_seconds: float
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """New tokens per denoising step: how much a canvas saves over one token at a time, which is 1."""
-        return self.new_tokens / sum(self.denoising_steps) if self.denoising_steps else 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / (self.encode_seconds + self.denoise_seconds)
-
-
-def statistics(prompt_tokens: int, new_tokens: int, parts: Sequence[Block | Token], encode_seconds: float = 0.0) -> Statistics:
-    """Of a text that was written in ``parts``, of one row each, after a prompt that took ``encode_seconds`` beforehand."""
-    blocks = [part for part in parts if isinstance(part, Block)]
-    return Statistics(
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        denoising_steps=tuple(int(block.steps[0]) for block in blocks),
-        encode_seconds=encode_seconds + sum(part.encode_seconds if isinstance(part, Block) else part.seconds for part in parts),
-        denoise_seconds=sum(block.denoise_seconds for block in blocks),
-    )
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text.
-
-    Attributes:
-        text: without structural markers and the end token.
-        tokens: the new ids, up to and with the end token.
-        finish_reason: "stop" (the model ended its text) or "length" (``max_new_tokens`` reached).
-        seed: with the prompt and the options, it gives the same tokens again.
-        logprobs: of each token after all before it, natural, under the causal model at temperature 1; None where not asked for.
-    """
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    seed: int
-    statistics: Statistics
-    logprobs: list[float] | None = None
-
-
-#: What :meth:`DiffusionGemma.stream` yields.
-Event = Draft | Block | Token | Generation
+from mlx_diffgemma.writing import Event, Generation, Writing, fresh_seed, sampling_config, write
 
 
 @dataclass(frozen=True)
@@ -109,167 +40,176 @@ class Score:
         return math.exp(-sum(known) / len(known)) if known else math.nan
 
 
-def sampling_options(generation: GenerationConfig, mode: str, options: Mapping[str, Any]) -> GenerationConfig | CausalConfig:
-    """The options of ``mode`` where they are not None, over those of a checkpoint's ``generation``.
+class DiffusionGemma:
+    """A loaded model. Made by :func:`load`.
 
-    Raises InputError for an unknown mode or option, one of the other mode, or a bad value.
+    What is written inside a text that is there already is in :mod:`mlx_diffgemma.editing`, and conversations are in
+    :mod:`mlx_diffgemma.chat`; both take a model.
     """
-    if mode not in MODES:
-        raise InputError(f"unknown mode {mode!r}; known are {' and '.join(MODES)}")
-    own, other = (GenerationConfig, CausalConfig) if mode == "diffusion" else (CausalConfig, GenerationConfig)
-    foreign = [name for name in options if name in other.option_names() and name not in own.option_names()]
-    for name in foreign:
-        if options[name] is not None:
-            raise InputError(f"{name} is no option of the {mode} mode, but of the other one; leave it out, or change the mode")
-    config = generation if mode == "diffusion" else CausalConfig.from_generation(generation)
-    return config.replace(**{name: value for name, value in options.items() if name not in foreign})
-
-
-class DiffusionGemma(Editing):
-    """A loaded model. Made by :func:`load`. How it edits inside a text is in :mod:`mlx_diffgemma.editing.texts`."""
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
         self.checkpoint, self.backend = checkpoint, backend
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Text to ids and back; loaded when it is first needed."""
         return Tokenizer.from_folder(self.checkpoint.folder, self.checkpoint.generation.eos_token_ids)
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
-        """Write a text after ``prompt``. Takes the options of :meth:`stream`, and returns its last event."""
-        for event in self.stream(prompt, **options):
+    @cached_property
+    def piece_rule(self) -> PieceRule:
+        """Where the model's texts are cut for the causal pass."""
+        ends = {self.tokenizer.end_of_turn_id, *self.checkpoint.generation.eos_token_ids}
+        return PieceRule(self.backend.config.canvas_length, tuple(sorted(ends)), self.tokenizer.reply_starts)
+
+    @spelled_out
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        mode: str = "diffusion",
+        system: str | None = None,
+        raw: bool = False,
+        markup: bool = False,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        frozen: NDArray[np.int32] | None = None,
+        canvas: NDArray[np.int32] | None = None,
+        **options: Unpack[SamplerOptions],
+    ) -> Generation:
+        """Write a text after ``prompt``. Arguments and errors are those of :meth:`stream`, whose last event this returns."""
+        given: dict[str, Any] = {"mode": mode, "system": system, "raw": raw, "markup": markup, "seed": seed, "stop": stop}
+        for event in self.stream(prompt, **given, logprobs=logprobs, frozen=frozen, canvas=canvas, **options):
             if isinstance(event, Generation):
                 return event
         raise AssertionError("a stream ends in its Generation")
 
+    @spelled_out
     def stream(
         self,
         prompt: Prompt,
         *,
         mode: str = "diffusion",
-        raw: bool = False,
         system: str | None = None,
+        raw: bool = False,
+        markup: bool = False,
         seed: int | None = None,
+        stop: Sequence[str] = (),
+        settled: Settled | None = None,
+        logprobs: bool = False,
         frozen: NDArray[np.int32] | None = None,
         canvas: NDArray[np.int32] | None = None,
-        logprobs: bool = False,
-        **options: Any,
+        **options: Unpack[SamplerOptions],
     ) -> Iterator[Event]:
         """Write a text after ``prompt``, and show how.
 
         Args:
             prompt: a text or a conversation, which the chat template renders, or token ids, which are taken as they are.
             mode: ``diffusion``, a canvas at a time, or ``causal``, one token at a time.
-            raw: take a text as it is, without the chat template.
             system: a system message to put before the conversation.
+            raw: take a text as it is, without the chat template.
+            markup: read markup such as ``<|turn>`` in the texts as control tokens. By default it is plain text, so that whoever
+                wrote a text cannot end a turn and begin another.
             seed: 0 to 2^64 - 1; by default a fresh one, which the Generation tells.
-            frozen, canvas: as in :func:`~mlx_diffgemma.sampler.block_diffusion`. Diffusion only.
+            stop: texts that end the answer before they begin.
+            settled: show text within a block, by this rule; by default when its block is committed.
             logprobs: tell how likely the causal model finds each token. In diffusion this costs an output head a block, and one
                 more pass in the end.
+            frozen, canvas: as in :class:`~mlx_diffgemma.sampler.Text`. Diffusion only.
             options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, over those of the checkpoint, or in the causal
                 mode of :class:`~mlx_diffgemma.config.CausalConfig`.
 
         Yields:
-            A Draft after each denoising step and a Block after each canvas, or a Token after each pass; and at the end the
-            Generation. Whoever stops reading stops the computation; nothing is left to close.
+            A Draft after each denoising step and a Block after each canvas, or a Token after each pass; Content as text becomes
+            certain; and at the end the Generation. Whoever stops reading stops the computation; nothing is left to close.
 
         Raises:
             InputError: at once, before the first event is asked for.
         """
-        ids = self.prompt_ids(prompt, raw=raw, system=system)
-        config = sampling_options(self.checkpoint.generation, mode, options)
-        seed = secrets.randbits(64) if seed is None else seed
-        events: Iterator[Draft | Block] | Iterator[Token]
-        if isinstance(config, CausalConfig):
-            if frozen is not None or canvas is not None:
-                raise InputError("frozen and canvas belong to the diffusion mode; leave them out, or change the mode")
-            events = causal(self.backend, ids, config, seed=seed, logprobs=logprobs)
-        else:
-            first = None if canvas is None else np.atleast_2d(np.asarray(canvas, np.int32))
-            events = block_diffusion(self.backend, ids, config, seed=seed, frozen=frozen, canvas=first, logprobs=logprobs)
-        return self._finished(events, ids.shape[1], config, seed)
+        ids = self.prompt_ids(prompt, raw=raw, system=system, markup=markup)
+        writing = Writing(
+            config=sampling_config(self.checkpoint.generation, mode, options),
+            seed=fresh_seed() if seed is None else seed,
+            stop=tuple(stop),
+            settled=settled,
+            logprobs=logprobs,
+            frozen=None if frozen is None else np.asarray(frozen, np.int32),
+            canvas=None if canvas is None else np.asarray(canvas, np.int32),
+        )
+        writing.check(self.backend.config, ids)
+        return self._stream(ids, writing)
 
-    def score(self, text: str | Sequence[int], prompt: Prompt | None = None, *, raw: bool = False) -> Score:
+    def _stream(self, ids: NDArray[np.int32], writing: Writing) -> Iterator[Event]:
+        context = read(self.backend, ids, self.piece_rule)
+        yield from write(self.backend, self.tokenizer, context, writing)
+
+    def score(
+        self,
+        text: str | Sequence[int],
+        prompt: Prompt | None = None,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        markup: bool = False,
+    ) -> Score:
         """How likely the causal model finds each token of ``text``: exact, in one pass over it.
 
         Args:
             text: a text, which is tokenized by itself, or token ids. It is taken as it is.
             prompt: what comes before, read as in :meth:`stream`: with the chat template, ``text`` is the model's answer. By
                 default the beginning-of-sequence token alone.
+            system, markup: as in :meth:`stream`; ``markup`` is that of ``text`` too.
             raw: take a prompt as it is, without the chat template. Without one, begin with ``text`` itself: its first token then
                 has no probability, and does not count in the perplexity.
 
         Raises InputError where the text is empty or, with the prompt, exceeds the model's context.
         """
-        ids: Sequence[int] = self.tokenizer.encode(text) if isinstance(text, str) else text
-        if not len(ids):
-            raise InputError("the text is empty")
-        tokens, cache = self._checked_ids(ids), self.backend.new_cache()
-        before = np.empty((1, 0), np.int32)
+        tokens = self._checked_ids(self.tokenizer.encode(text, markup=markup) if isinstance(text, str) else text)
+        before: NDArray[np.int32] = np.empty(0, np.int32)
         if prompt is not None:
-            before = self.prompt_ids(prompt, raw=raw)
+            before = self.prompt_ids(prompt, raw=raw, system=system, markup=markup)
+        elif system is not None:
+            raise InputError("a system message needs a prompt; give one, or leave out system")
         elif not raw:
-            before = np.array([[self.tokenizer.bos_token_id]], np.int32)
-        total, context = before.shape[1] + tokens.shape[1], self.backend.config.max_position_embeddings
+            before = np.array([self.tokenizer.bos_token_id], np.int32)
+        total, context = len(before) + len(tokens), self.backend.config.max_position_embeddings
         if total > context:
             raise InputError(f"the text, with its prompt, has {total} tokens; the model's context is {context}; shorten it")
-        if before.size:
-            self.backend.encode(before, cache)
-        return Score(tokens[0].tolist(), self.backend.score(tokens, cache)[0].tolist())
+        cache = read(self.backend, before, self.piece_rule).cache if before.size else self.backend.new_cache()
+        parts = [self.backend.score([Piece(piece, cache)])[0] for piece in chunks(tokens)]
+        return Score(tokens.tolist(), np.concatenate(parts).tolist())
 
     def prompt_ids(
-        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, escape: bool = False
+        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, markup: bool = False
     ) -> NDArray[np.int32]:
-        """Token ids [1, N] of a prompt, as :meth:`stream` reads it; with ``escape``, markup in its texts is plain text."""
+        """Token ids [N] of a prompt, as :meth:`stream` reads it."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty")
             if raw:
                 if system is not None:
                     raise InputError("a system message needs the chat template; leave out raw, or write it into the prompt")
-                return self._checked_ids(self.tokenizer.encode(prompt, escape=escape))
+                return self._checked_ids(self.tokenizer.encode(prompt, markup=markup))
             prompt = [{"role": "user", "content": prompt}]
         if not len(prompt):  # noqa: PLC1802 (a NumPy array has no truth value)
             raise InputError("the prompt is empty")
         if isinstance(prompt[0], Mapping):
             messages = [{"role": "system", "content": system}] if system is not None else []
-            return self._checked_ids(self.tokenizer.chat([*messages, *prompt], escape=escape))
+            return self._checked_ids(self.tokenizer.chat([*messages, *prompt], markup=markup))
+        if system is not None:
+            raise InputError("a system message needs the chat template; leave it out, or give a text instead of token ids")
         return self._checked_ids(prompt)
 
     def _checked_ids(self, ids: Sequence[Any]) -> NDArray[np.int32]:
         if self.backend.config.image_token_id in ids:
             raise InputError("the prompt holds an image, and images are not supported yet; leave it out")
-        tokens = np.asarray([ids])
+        tokens = np.asarray(ids)
+        if not tokens.size:
+            raise InputError("the text is empty")
         if tokens.dtype.kind not in "iu":
             raise InputError("a prompt of token ids must be integers")
         check_tokens(tokens, self.backend.config)  # before int32 overflows
         return tokens.astype(np.int32)
-
-    def _finished(
-        self,
-        events: Iterator[Draft | Block] | Iterator[Token],
-        prompt_tokens: int,
-        config: GenerationConfig | CausalConfig,
-        seed: int,
-    ) -> Iterator[Event]:
-        written: list[Block | Token] = []
-        for event in events:
-            if not isinstance(event, Draft):
-                written.append(event)
-            yield event
-        tokens = np.concatenate([part.tokens[0] for part in written])[: config.max_new_tokens].tolist()
-        ends = [position for position, token in enumerate(tokens) if token in config.eos_token_ids]
-        tokens = tokens[: ends[0] + 1] if ends else tokens
-        logprobs = [part.logprobs[0] for part in written if part.logprobs is not None]
-        text = self.tokenizer.decode(tokens[:-1] if ends else tokens)
-        yield Generation(
-            text=text,
-            tokens=tokens,
-            finish_reason="stop" if ends else "length",
-            seed=seed,
-            statistics=statistics(prompt_tokens, len(tokens), written),
-            logprobs=np.concatenate(logprobs)[: len(tokens)].tolist() if logprobs else None,
-        )
 
 
 def load(

@@ -9,39 +9,65 @@ The acceptance rule is the entropy-bounded sampler of https://arxiv.org/abs/2505
 positions as keep the sum of the entropies before them within ``entropy_bound``, an upper bound on their joint mutual
 information.
 
-Everything here is NumPy over [B, L] arrays: B rows that do not know of each other, L positions of the canvas.
+A step is :func:`decide`, a pure function from one :class:`Canvas` and the backend's answer to the next. :func:`diffuse` does the
+rest: it encodes, asks the backend and commits, for one text or for several side by side.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, Cache, check_tokens
+from mlx_diffgemma.backends import MAX_BATCH, Backend, Cache, Denoised, Piece, Row, check_tokens, rows_in_pass
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.prompts import chunks
 
-FREE = -1  # in a frozen template: the model may write here
+FREE = -1  # in a template: the model may write here
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Text:
+    """One text to write.
+
+    Attributes:
+        prompt: int32 [N], what comes before it and is not in the cache yet; empty where the cache holds it all.
+        seed: 0 to 2^64 - 1. Same seed, same tokens, beside any other texts and on any backend.
+        cache: holds what comes before ``prompt``; filled in place. By default a new one.
+        frozen: int32 [P], the template of the text from its first token on: a token id where it is given, -1 where the model may
+            write. Given positions hold their token in every canvas, are always accepted, and count neither in the bound nor
+            in the mean that stops a block. An end token that the model writes before one still ends the text.
+        canvas: int32 [P], a draft of the text from its first token on: what its canvases begin with instead of random tokens;
+            -1 where they are random all the same.
+        logprobs: score each block as it is committed, at the cost of an output head; for the last one that pass is an extra.
+    """
+
+    prompt: NDArray[np.int32]
+    seed: int = 0
+    cache: Cache | None = None
+    frozen: NDArray[np.int32] | None = None
+    canvas: NDArray[np.int32] | None = None
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Draft:
-    """A canvas after one denoising step. Rows that are done keep the arrays of their last step.
+    """A canvas after one denoising step.
 
     Attributes:
         block: index of the canvas, from 0.
         step: denoising steps done in this block, from 1.
         temperature: that of this step.
-        canvas: int32 [B, L], what the step was given.
-        argmax: int32 [B, L], the most likely tokens: what would be committed if this were the last step.
-        entropy: float32 [B, L], nats.
-        accepted: bool [B, L], which positions took their sampled token.
-        active: bool [B], rows that took this step.
-        done: bool [B], rows that need no further step.
+        canvas: int32 [L], what the step was given.
+        argmax: int32 [L], the most likely tokens: what would be committed if this were the last step.
+        entropy: float32 [L], nats.
+        accepted: bool [L], which positions took their sampled token.
+        done: whether the canvas needs no further step.
         seconds: wall time of the step.
     """
 
@@ -52,62 +78,138 @@ class Draft:
     argmax: NDArray[np.int32]
     entropy: NDArray[np.float32]
     accepted: NDArray[np.bool_]
-    active: NDArray[np.bool_]
-    done: NDArray[np.bool_]
+    done: bool
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A finished canvas.
 
     Attributes:
         index: from 0.
-        tokens: int32 [B, L], with padding after a row's first end token.
-        steps: int [B], denoising steps each row took; 0 for rows that had ended before.
-        ended: bool [B], rows whose text has ended.
+        tokens: int32 [L], with padding after the first end token.
+        steps: denoising steps.
+        ended: whether the text has ended.
         encode_seconds, denoise_seconds: wall time spent in either.
-        logprobs: float32 [B, L], the natural-log probability of each token after all before it under the causal model, at
-            temperature 1; None where not asked for. Behind a row's end it is that of the padding.
+        logprobs: float32, the natural-log probability of each token after all before it under the causal model, at temperature 1:
+            of all tokens, or of those up to the text's end. None where not asked for.
     """
 
     index: int
     tokens: NDArray[np.int32]
-    steps: NDArray[np.int64]
-    ended: NDArray[np.bool_]
+    steps: int
+    ended: bool
     encode_seconds: float
     denoise_seconds: float
     logprobs: NDArray[np.float32] | None = None
 
 
-def block_diffusion(
-    backend: Backend,
-    prompt: NDArray[np.int32],
-    config: GenerationConfig,
-    *,
-    seed: int | Sequence[int],
-    frozen: NDArray[np.int32] | None = None,
-    canvas: NDArray[np.int32] | None = None,
-    cache: Cache | None = None,
-    logprobs: bool = False,
-) -> Iterator[Draft | Block]:
-    """Write up to ``config.max_new_tokens`` tokens after ``prompt``, in whole canvases.
+@dataclass(frozen=True)
+class Rules:
+    """What is the same in every step of every canvas: how to sample, canvases of ``length`` tokens, the vocabulary's size."""
+
+    config: GenerationConfig
+    length: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """One canvas between two denoising steps.
+
+    Attributes:
+        seed, block: of its text.
+        tokens: int32 [L], what the next step is given.
+        template: int32 [L], -1 where the model may write; None where it may everywhere.
+        step: denoising steps done.
+        argmax, entropy, accepted: [L], of the last step.
+        history: the argmax of each of the last ``stability_threshold`` steps.
+        self_conditioning: of the last step, opaque.
+        done: whether it needs no further step.
+    """
+
+    seed: int
+    block: int
+    tokens: NDArray[np.int32]
+    template: NDArray[np.int32] | None
+    step: int = 0
+    argmax: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    entropy: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    accepted: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    history: tuple[NDArray[np.int32], ...] = ()
+    self_conditioning: Any = None
+    done: bool = False
+
+    @classmethod
+    def begin(cls, text: Text, block: int, rules: Rules) -> "Canvas":
+        """The canvas of a text's block before its first step."""
+        tokens = noise.canvas_tokens(text.seed, block, 0, rules.length, rules.vocab_size)
+        template = _part(text.frozen, block, rules.length)
+        tokens = _pin(_pin(tokens, _part(text.canvas, block, rules.length)), template)
+        return cls(text.seed, block, tokens, template)
+
+    def row(self, cache: Cache, rules: Rules) -> Row:
+        """What the next step asks of the backend."""
+        return Row(
+            canvas=self.tokens,
+            cache=cache,
+            temperature=temperature_of(self.step + 1, rules.config),
+            noise_key=None if rules.config.greedy else noise.sampling_key(self.seed, self.block, self.step + 1),
+            self_conditioning=self.self_conditioning,
+            frozen=self.template,
+        )
+
+
+def decide(canvas: Canvas, answer: Denoised, rules: Rules) -> Canvas:
+    """The canvas after the step in which the backend gave ``answer``.
+
+    Accepted positions take their sampled token, all others fresh noise. The canvas is done when the argmax equals that of each
+    of the last ``stability_threshold`` steps and the mean entropy over free positions is below ``confidence_threshold``; or when
+    the steps are used up.
+    """
+    config, step = rules.config, canvas.step + 1
+    free = np.ones(len(canvas.tokens), bool) if canvas.template is None else canvas.template == FREE
+    accepted = accept(answer.entropy, free, config.entropy_bound)
+    fresh = noise.canvas_tokens(canvas.seed, canvas.block, step, rules.length, rules.vocab_size)
+    threshold = config.stability_threshold
+    stable = len(canvas.history) >= threshold and all(np.array_equal(answer.argmax, past) for past in canvas.history)
+    # In double precision; where no position is free, there is nothing to be unsure of.
+    confident = not free.any() or answer.entropy[free].sum(dtype=np.float64) < config.confidence_threshold * free.sum()
+    return replace(
+        canvas,
+        tokens=_pin(np.where(accepted, answer.sampled, fresh), canvas.template),
+        step=step,
+        argmax=answer.argmax,
+        entropy=answer.entropy,
+        accepted=accepted,
+        history=(*canvas.history, answer.argmax)[-threshold:] if threshold else (),
+        self_conditioning=answer.self_conditioning,
+        done=bool(stable and confident) or step == config.max_denoising_steps,
+    )
+
+
+def accept(entropy: NDArray[np.float32], free: NDArray[np.bool_], bound: float) -> NDArray[np.bool_]:
+    """Which positions [L] are accepted: frozen ones, and of the ``free`` ones, in order of rising entropy, those
+    before which the entropies sum to at most ``bound`` nats; so always at least one."""
+    ranked = np.where(free, entropy.astype(np.float64), 0.0)  # frozen ones come first and add nothing
+    order = np.argsort(ranked, kind="stable")
+    rising = ranked[order]
+    accepted = np.empty(entropy.shape, bool)
+    accepted[order] = rising.cumsum() - rising <= bound
+    return accepted
+
+
+def temperature_of(step: int, config: GenerationConfig) -> float:
+    """Temperature of denoising step ``step``, from 1: it falls linearly from ``t_max`` towards ``t_min``."""
+    return config.temperature(config.max_denoising_steps + 1 - step)
+
+
+def block_diffusion(backend: Backend, text: Text, config: GenerationConfig) -> Iterator[Draft | Block]:
+    """Write up to ``config.max_new_tokens`` tokens of one text, in whole canvases.
 
     What follows may be written from the same cache, here again or one token at a time by :func:`~mlx_diffgemma.causal.causal`:
-    the last block is not in it yet (but with ``logprobs`` it is), and is the prompt of what follows. Rows of a batch have gone on
-    with padding where they ended before.
-
-    Args:
-        prompt: int32 [B, N], N at least 1, or 0 after a cache that holds it all; rows are independent.
-        seed: one for all rows, or one a row; 0 to 2^64 - 1. Same seed, same tokens, in any batch and on any backend.
-        frozen: int32 [P] for all rows, or [B, P]: the template of the new text from its first token on, a token id where it is
-            given, -1 where the model may write. Given positions hold their token in every canvas, are always accepted, and
-            count neither in the bound nor in the mean that stops a block. An end token that the model writes before one still
-            ends the text.
-        canvas: int32 [P] or [B, P], a draft of the new text from its first token on: what its canvases begin with instead of
-            random tokens; -1 where they are random all the same.
-        cache: of B rows, already holding what comes before ``prompt``; it is filled in place. By default a new one.
-        logprobs: score each block as it is committed, at the cost of an output head; for the last one that pass is an extra.
+    the last block is not in it yet (but with ``logprobs`` it is, up to the text's end), and is the prompt of what follows.
 
     Yields:
         A :class:`Draft` after each denoising step, and a :class:`Block` after each canvas.
@@ -115,125 +217,113 @@ def block_diffusion(
     Raises:
         InputError: before anything is computed.
     """
-    cache = backend.new_cache(len(prompt)) if cache is None else cache
+    return (event for _, event in diffuse(backend, [text], config))
+
+
+def diffuse(
+    backend: Backend, texts: Sequence[Text], config: GenerationConfig, *, batch: str = "exact", max_batch: int = MAX_BATCH
+) -> Iterator[tuple[int, Draft | Block]]:
+    """Write several texts side by side, their rows in common passes; each as :func:`block_diffusion` writes it alone.
+
+    Texts know nothing of each other, and need not be of one length. One that has ended takes part no more.
+
+    Args:
+        batch, max_batch: see :func:`~mlx_diffgemma.backends.rows_in_pass`.
+
+    Yields:
+        The index of a text, and its event.
+
+    Raises:
+        InputError: before anything is computed.
+    """
     length = config.canvas_length or backend.config.canvas_length
-    check_lengths(backend.config, config, prompt, len(cache), length)
-    for name, template in (("frozen", frozen), ("canvas", canvas)):
-        _check_template(name, template, backend.config, config, len(prompt), length)
-    return _Run(backend, cache, config, row_seeds(seed, len(prompt)), frozen, canvas, length, logprobs).blocks(prompt)
+    rules = Rules(config, length, backend.config.vocab_size)
+    for text in texts:
+        check_text(backend.config, text, config)
+    size = rows_in_pass(backend, batch, max_batch)
+    return _diffuse(backend, [_Writing(backend, text, rules) for text in texts], size)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same from block to block."""
+class _Writing:
+    """A text while it is being written, block by block."""
 
-    backend: Backend
-    cache: Cache
-    config: GenerationConfig
-    seeds: list[int]
-    frozen: NDArray[np.int32] | None
-    canvas: NDArray[np.int32] | None
-    length: int
-    logprobs: bool
+    def __init__(self, backend: Backend, text: Text, rules: Rules) -> None:
+        self.text, self.rules, self.backend = text, rules, backend
+        self.cache = backend.new_cache() if text.cache is None else text.cache
+        self.pending = chunks(text.prompt)  # what is to be encoded before the next canvas
+        self.blocks = ceil(rules.config.max_new_tokens / rules.length)
+        self.canvas = Canvas.begin(text, 0, rules)
+        self.encode_seconds = self.denoise_seconds = 0.0  # of this block
 
-    def blocks(self, prompt: NDArray[np.int32]) -> Iterator[Draft | Block]:
-        context, ended = prompt, np.zeros(len(prompt), bool)
-        for index in range(ceil(self.config.max_new_tokens / self.length)):
+    def stepped(self, answer: Denoised, temperature: float, seconds: float) -> Iterator[Draft | Block]:
+        """Take in a step's answer, and commit the canvas where it is done."""
+        started, seen = time.perf_counter(), self.canvas.tokens
+        self.canvas = canvas = decide(self.canvas, answer, self.rules)
+        seconds += time.perf_counter() - started
+        self.denoise_seconds += seconds
+        parts = canvas.argmax, canvas.entropy, canvas.accepted, canvas.done
+        yield Draft(canvas.block, canvas.step, temperature, seen, *parts, seconds)
+        if canvas.done:
+            yield self._commit()
+
+    def _commit(self) -> Block:
+        canvas, config = self.canvas, self.rules.config
+        tokens, count = commit(canvas.argmax, config)
+        ended = count < len(tokens) or int(tokens[-1]) in config.eos_token_ids
+        last = ended or canvas.block + 1 == self.blocks
+        logprobs = None
+        if self.text.logprobs:
             started = time.perf_counter()
-            if context.size and (index == 0 or not self.logprobs):  # scored blocks are in the cache
-                self.backend.encode(context, self.cache)
-            encoded = time.perf_counter()
-            steps = np.zeros(len(prompt), np.int64)
-            for draft in self.denoise(index, ended):
-                steps += draft.active
-                argmax = draft.argmax
-                yield draft
-            context, ended = _commit(argmax, ended, self.config)
-            denoised = time.perf_counter()
-            logprobs = self.backend.score(context, self.cache) if self.logprobs else None
-            encode_seconds = encoded - started + time.perf_counter() - denoised
-            yield Block(index, context, steps, ended, encode_seconds, denoised - encoded, logprobs)
-            if ended.all():
-                return
+            count = min(count, config.max_new_tokens - canvas.block * self.rules.length)
+            [logprobs] = self.backend.score([Piece(tokens[:count], self.cache)])
+            self.encode_seconds += time.perf_counter() - started
+        block = Block(canvas.block, tokens, canvas.step, ended, self.encode_seconds, self.denoise_seconds, logprobs)
+        self.encode_seconds = self.denoise_seconds = 0.0
+        if not last:
+            self.pending = [] if self.text.logprobs else [tokens]
+            self.canvas = Canvas.begin(self.text, canvas.block + 1, self.rules)
+        return block
 
-    def denoise(self, block: int, ended: NDArray[np.bool_]) -> Iterator[Draft]:
-        """The denoising steps of one canvas, until every row is done or the steps are."""
-        config, vocab_size = self.config, self.backend.config.vocab_size
-        template = _template(self.frozen, block, self.length)
-        canvas = noise.canvas_tokens(self.seeds, block, 0, self.length, vocab_size)
-        canvas = _pin(_pin(canvas, _template(self.canvas, block, self.length)), template)
-        free = np.broadcast_to(True if template is None else template == FREE, canvas.shape)
-        argmax, entropy, accepted = canvas, np.zeros(canvas.shape, np.float32), np.zeros(canvas.shape, bool)
-        done, self_conditioning = ended.copy(), None
-        history: list[NDArray[np.int32]] = []  # the argmax of the last stability_threshold steps
-        for step in range(1, config.max_denoising_steps + 1):
-            started, active = time.perf_counter(), ~done
-            temperature = config.temperature(config.max_denoising_steps + 1 - step)
-            result = self.backend.denoise(
-                canvas,
-                self.cache,
-                temperature=temperature,
-                noise_keys=None if config.greedy else noise.sampling_keys(self.seeds, block, step),
-                self_conditioning=self_conditioning,
-                frozen=template,
-            )
-            self_conditioning, seen = result.self_conditioning, canvas
-            row = active[:, None]  # rows that are done are left as they were
-            argmax, entropy = np.where(row, result.argmax, argmax), np.where(row, result.entropy, entropy)
-            accepted = np.where(row, accept(result.entropy, free, config.entropy_bound), accepted)
-            fresh = noise.canvas_tokens(self.seeds, block, step, self.length, vocab_size)
-            canvas = np.where(row, _pin(np.where(accepted, result.sampled, fresh), template), canvas)
-            done |= _stable(argmax, history, config.stability_threshold) & _confident(entropy, free, config.confidence_threshold)
-            history = [*history, argmax][-config.stability_threshold :] if config.stability_threshold else []
+
+def _diffuse(backend: Backend, writing: Sequence[_Writing], size: int) -> Iterator[tuple[int, Draft | Block]]:
+    active = list(enumerate(writing))
+    while active:
+        for group in [active[start : start + size] for start in range(0, len(active), size)]:
+            while to_encode := [each for _, each in group if each.pending]:
+                started = time.perf_counter()
+                backend.encode([Piece(each.pending.pop(0), each.cache) for each in to_encode])
+                seconds = time.perf_counter() - started
+                for each in to_encode:
+                    each.encode_seconds += seconds
+            started = time.perf_counter()
+            rows = [each.canvas.row(each.cache, each.rules) for _, each in group]
+            answers = backend.denoise(rows)
             seconds = time.perf_counter() - started
-            yield Draft(block, step, temperature, seen, argmax, entropy, accepted, active, done.copy(), seconds)
-            if done.all():
-                return
+            for (index, each), row, answer in zip(group, rows, answers, strict=True):
+                for event in each.stepped(answer, row.temperature, seconds):
+                    yield index, event
+        # A canvas that is done and was not replaced by the next one was its text's last.
+        active = [(index, each) for index, each in active if not each.canvas.done]
 
 
-def accept(entropy: NDArray[np.float32], free: NDArray[np.bool_], bound: float) -> NDArray[np.bool_]:
-    """Which positions [B, L] are accepted: frozen ones, and of the ``free`` ones, in order of rising entropy, those
-    before which the entropies sum to at most ``bound`` nats; so always at least one."""
-    ranked = np.where(free, entropy.astype(np.float64), 0.0)  # frozen ones come first and add nothing
-    order = np.argsort(ranked, axis=1, kind="stable")
-    rising = np.take_along_axis(ranked, order, axis=1)
-    accepted = np.empty(entropy.shape, bool)
-    np.put_along_axis(accepted, order, rising.cumsum(axis=1) - rising <= bound, axis=1)
-    return accepted
+def commit(argmax: NDArray[np.int32], config: GenerationConfig) -> tuple[NDArray[np.int32], int]:
+    """The canvas as it is kept, padded behind its first end token; and how many tokens there are up to and with that."""
+    ends = np.flatnonzero(np.isin(argmax, config.eos_token_ids))
+    if not ends.size:
+        return argmax, len(argmax)
+    count = int(ends[0]) + 1
+    tokens = argmax.copy()
+    tokens[count:] = config.pad_token_id
+    return tokens, count
 
 
-def _stable(argmax: NDArray[np.int32], history: list[NDArray[np.int32]], threshold: int) -> NDArray[np.bool_]:
-    """Rows [B] whose argmax equals that of each of the last ``threshold`` steps."""
-    if len(history) < threshold:
-        return np.zeros(len(argmax), bool)
-    return np.array([all(np.array_equal(row, past[index]) for past in history) for index, row in enumerate(argmax)])
-
-
-def _confident(entropy: NDArray[np.float32], free: NDArray[np.bool_], threshold: float) -> NDArray[np.bool_]:
-    """Rows [B] whose mean entropy over the ``free`` [B, L] positions is below ``threshold`` nats (always, where none is free)."""
-    count = free.sum(axis=1)
-    confident: NDArray[np.bool_] = np.where(free, entropy, 0.0).sum(axis=1, dtype=np.float64) < threshold * count
-    confident[count == 0] = True
-    return confident
-
-
-def _commit(
-    argmax: NDArray[np.int32], ended: NDArray[np.bool_], config: GenerationConfig
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """The canvas as it is kept, padded behind a row's first end token; and which rows have ended now."""
-    is_end = np.isin(argmax, config.eos_token_ids)
-    behind = is_end.cumsum(axis=1) - is_end > 0  # an end token came before
-    tokens = np.where(behind | ended[:, None], config.pad_token_id, argmax).astype(np.int32)
-    return tokens, ended | is_end.any(axis=1)
-
-
-def _template(whole: NDArray[np.int32] | None, block: int, length: int) -> NDArray[np.int32] | None:
-    """The part of a template that falls into one canvas, [L] or [B, L], or None where it says nothing there."""
+def _part(whole: NDArray[np.int32] | None, block: int, length: int) -> NDArray[np.int32] | None:
+    """The part [L] of a template that falls into one canvas, or None where it says nothing there."""
     if whole is None:
         return None
-    part = whole[..., block * length : (block + 1) * length]
-    template = np.full((*part.shape[:-1], length), FREE, np.int32)
-    template[..., : part.shape[-1]] = part
+    part = whole[block * length : (block + 1) * length]
+    template = np.full(length, FREE, np.int32)
+    template[: len(part)] = part
     return template if (template != FREE).any() else None
 
 
@@ -241,23 +331,26 @@ def _pin(canvas: NDArray[np.int32], template: NDArray[np.int32] | None) -> NDArr
     return canvas if template is None else np.where(template == FREE, canvas, template)
 
 
-def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    """One seed a row, of one for all or as many as rows; raises InputError."""
-    seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * rows
-    if len(seeds) != rows:
-        raise InputError(f"{len(seeds)} seeds for {rows} rows; give one for all, or one a row")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-            raise InputError(f"a seed must be an integer between 0 and 2^64 - 1, got {value!r}")
-    return seeds
+def check_seed(seed: int) -> None:
+    """Raise InputError unless it is an integer from 0 to 2^64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"a seed must be an integer between 0 and 2^64 - 1, got {seed!r}")
 
 
-def check_lengths(model: ModelConfig, config: GenerationConfig, prompt: NDArray[np.int32], cached: int, length: int) -> None:
-    """Raise InputError unless ``prompt`` after ``cached`` positions, and canvases of ``length`` after it, fit the model."""
-    check_tokens(prompt, model, cached=cached)
+def check_prompt(model: ModelConfig, text: Text) -> int:
+    """How many tokens come before the text; raises InputError unless there are any, in the vocabulary, and the seed is one."""
+    cached = 0 if text.cache is None else len(text.cache)
+    if not cached or text.prompt.ndim != 1 or text.prompt.size:
+        check_tokens(text.prompt, model)
+    check_seed(text.seed)
+    return cached + len(text.prompt)
+
+
+def check_lengths(model: ModelConfig, config: GenerationConfig, before: int) -> None:
+    """Raise InputError unless canvases of the new tokens fit the model after ``before`` tokens."""
+    length = config.canvas_length or model.canvas_length
     if length > model.canvas_length:
-        raise InputError(f"canvas_length {length} exceeds the model's {model.canvas_length}")
-    before = cached + prompt.shape[1]
+        raise InputError(f"canvas_length {length} is larger than the model's {model.canvas_length}; use that or less")
     if before + ceil(config.max_new_tokens / length) * length > model.max_position_embeddings:
         raise InputError(
             f"{before} prompt tokens and {config.max_new_tokens} new ones, in canvases of {length}, exceed the model's context "
@@ -265,15 +358,18 @@ def check_lengths(model: ModelConfig, config: GenerationConfig, prompt: NDArray[
         )
 
 
-def _check_template(
-    name: str, template: NDArray[np.int32] | None, model: ModelConfig, config: GenerationConfig, rows: int, length: int
-) -> None:
-    if template is None:
-        return
+def check_text(model: ModelConfig, text: Text, config: GenerationConfig) -> None:
+    """Raise InputError unless the text can be written by the model."""
+    check_lengths(model, config, check_prompt(model, text))
+    length = config.canvas_length or model.canvas_length
     room = ceil(config.max_new_tokens / length) * length
-    if template.shape[:-1] not in ((), (rows,)) or template.ndim == 0 or template.shape[-1] > room:
-        raise InputError(
-            f"{name} must be one row, or {rows}, within the {config.max_new_tokens} new tokens, got shape {list(template.shape)}"
-        )
-    if template.size and (template.min() < FREE or template.max() >= model.vocab_size):
-        raise InputError(f"{name} holds a token id outside the vocabulary of {model.vocab_size} tokens")
+    for name, template in (("frozen", text.frozen), ("canvas", text.canvas)):
+        if template is None:
+            continue
+        if template.ndim != 1 or len(template) > room:
+            raise InputError(
+                f"{name} must be a list of at most {room} tokens, which {config.max_new_tokens} new ones make in whole canvases, "
+                f"got shape {list(template.shape)}"
+            )
+        if template.size and (template.min() < FREE or template.max() >= model.vocab_size):
+            raise InputError(f"{name} holds a token id outside the vocabulary of {model.vocab_size} tokens")

@@ -1,4 +1,4 @@
-"""Text <-> ids, and the chat template: the only room that knows text.
+"""Text <-> ids, and the chat template.
 
 Two kinds of files are read: ``tokenizer.json``, and SentencePiece's ``tokenizer.model``; both hold Gemma's BPE, in which a
 space is written ``▁`` and a character that is not in the vocabulary falls back to the bytes of its UTF-8, pieces named
@@ -11,25 +11,25 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mlx_diffgemma.chat.markup import MARKERS
 from mlx_diffgemma.checkpoint import read_json
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.prompts import CHANNEL, MARKERS, RESPONSE_END, TURN, TURN_END, check_messages, is_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What opens and closes a turn of a chat; never part of what a person reads.
-_TURN_MARKERS = ("<|turn>", "<turn|>")
-
 _REQUIRED = ("pad_token", "eos_token", "bos_token")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# Conversations that end where a reply begins.
+_USER = ({"role": "user", "content": "Hi"},)
+_CALLED = {"id": "0", "type": "function", "function": {"name": "f", "arguments": {}}}
+_TOOL = (*_USER, {"role": "assistant", "tool_calls": [_CALLED]}, {"role": "tool", "tool_call_id": "0", "content": "Hi"})
 # Parts a special token's characters where a caller's text spells it. A lone surrogate: in no valid text.
 _CUT = "\udfff"
-_MEDIA = {"image": "images are", "video": "video is", "audio": "audio is"}
 
 
 class Tokenizer:
@@ -45,7 +45,7 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size = len(backend)
         self.pad_token_id, self.eos_token_id, self.bos_token_id = (self._required_id(name) for name in _REQUIRED)
-        begin, end = (self.token_id(marker) for marker in _TURN_MARKERS)
+        begin, end = (self.token_id(marker) for marker in (TURN, TURN_END))
         self.end_of_turn_id = self.eos_token_id if end is None else end
         markers = {begin, end} - {None}
         self._structural = {self.pad_token_id, self.eos_token_id, self.bos_token_id, *end_token_ids, *markers}
@@ -100,14 +100,14 @@ class Tokenizer:
         # An unknown text gives the id of <unk>, or None where there is none.
         return token if isinstance(token, int) and self._backend.convert_ids_to_tokens(token) == text else None
 
-    def encode(self, text: str, *, escape: bool = False) -> list[int]:
+    def encode(self, text: str, *, markup: bool = False) -> list[int]:
         """Ids of ``text``, with nothing added: the beginning-of-sequence token comes from the chat template.
 
-        Markup such as ``<|turn>`` in the text is read as the special token, or with ``escape`` as plain text. Raises InputError
+        Markup such as ``<|turn>`` in the text is plain text, or with ``markup`` read as the special token. Raises InputError
         for text that is not valid Unicode (lone surrogates, as from a file name).
         """
         _check_unicode(text)
-        return self._pieces(self._cut(text) if escape else text)
+        return self._pieces(text if markup else self._cut(text))
 
     def _pieces(self, text: str) -> list[int]:
         """Ids of the pieces that a text is cut into."""
@@ -142,7 +142,7 @@ class Tokenizer:
                 "the tokenizer does not read this text character by character, so that its tokens have no place in it"
             )
         # A byte 10xxxxxx goes on with the character before it.
-        character = list(accumulate((byte & 0xC0) != 0x80 for byte in written))
+        character = list(accumulate(int((byte & 0xC0) != 0x80) for byte in written))
         ends = list(accumulate(map(len, pieces)))
         return [(character[end - len(piece)] - 1, character[end - 1]) for piece, end in zip(pieces, ends, strict=True)]
 
@@ -167,7 +167,7 @@ class Tokenizer:
             InputError: the messages are of the wrong form or hold images, video or audio; the template refuses them; or the
                 checkpoint has no chat template.
         """
-        return self._render(messages, tools, template_options | {"add_generation_prompt": add_generation_prompt}, escape=False)
+        return self._render(messages, tools, template_options | {"add_generation_prompt": add_generation_prompt}, markup=True)
 
     def chat(
         self,
@@ -175,21 +175,21 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        escape: bool = False,
+        markup: bool = False,
         **template_options: Any,
     ) -> list[int]:
         """Ids of the conversation; other arguments and errors are those of :meth:`render`.
 
         Args:
-            escape: read markup that the strings of ``messages`` and ``tools`` spell, such as ``<|turn>``, as plain text.
-                Otherwise it is read as the special token, and whoever wrote the string can end a turn and begin another.
+            markup: read markup that the strings of ``messages`` and ``tools`` spell, such as ``<|turn>``, as special tokens:
+                whoever wrote a string can then end a turn and begin another. By default it is plain text.
 
         Raises:
-            InputError: with ``escape``, a string is not valid Unicode.
+            InputError: a string is not valid Unicode.
         """
         options = template_options | {"add_generation_prompt": add_generation_prompt}
-        text = self._render(messages, tools, options, escape=escape)
-        return self._pieces(text) if escape else self.encode(text)
+        text = self._render(messages, tools, options, markup=markup)
+        return self.encode(text, markup=True) if markup else self._pieces(text)
 
     def _render(
         self,
@@ -197,12 +197,12 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None,
         options: Mapping[str, Any],
         *,
-        escape: bool,
+        markup: bool,
     ) -> str:
-        """As :meth:`render`; with ``escape``, a cut behind the first character of each special token that a string spells."""
+        """As :meth:`render`; without ``markup``, a cut behind the first character of each special token that a string spells."""
         from jinja2 import TemplateError
 
-        _check_messages(messages)
+        check_messages(messages)
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
             raise InputError("tools must be a list of JSON schemas, one mapping a function")
         if not self._backend.chat_template:
@@ -210,7 +210,7 @@ class Tokenizer:
         conversation = [dict(message) for message in messages]
         schemas: list[Any] | None = None if tools is None else [dict(tool) for tool in tools]
         try:
-            if escape:
+            if not markup:
                 conversation, schemas = _mapped(conversation, self._cut), _mapped(schemas, self._cut)
             text = self._backend.apply_chat_template(conversation, tools=schemas, tokenize=False, **options)
         except InputError:
@@ -220,6 +220,29 @@ class Tokenizer:
             reason = str(refused).partition("\n")[0].replace(_CUT, "")
             raise InputError(f"the chat template refuses this conversation: {reason}") from refused
         return str(text)
+
+    @cached_property
+    def reply_starts(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids that end a prompt: behind them a reply begins. Read off what the chat template makes of small conversations.
+
+        They go from the last turn's opening, or from the end of a tool's answer, to the prompt's end.
+        """
+        openings = {self.token_id(marker) for marker in (TURN, RESPONSE_END)}
+        starts = []
+        for messages, thinking in product((_USER, _TOOL), (False, True)):
+            try:
+                ids = self.chat(messages, enable_thinking=thinking)
+            except InputError:  # a template that has no tools, or none at all
+                continue
+            places = [place for place, token in enumerate(ids) if token in openings]
+            starts += [tuple(ids[places[-1] :])] if places else []
+        return tuple(dict.fromkeys(starts))
+
+    def opened_thought(self, ids: Sequence[int]) -> str | None:
+        """The text of a thought that a prompt's ids open and do not close, from its heading on; None where they open none."""
+        channel, markers = self.token_id(CHANNEL), {self.token_id(marker) for marker in MARKERS} - {None}
+        last = next((place for place in reversed(range(len(ids))) if ids[place] in markers), None)
+        return self.decode(ids[last + 1 :]) if last is not None and ids[last] == channel else None
 
     @cached_property
     def _special_tokens(self) -> tuple[str, ...]:
@@ -289,44 +312,10 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
-    return [_mapped(item, change) for item in value] if _is_list(value) else value
+    return [_mapped(item, change) for item in value] if is_list(value) else value
 
 
 def _piece_bytes(piece: str) -> bytes:
     if byte := _BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(byte[1])
     return piece.replace("▁", " ").encode()
-
-
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if not _is_list(messages) or not messages:
-        raise InputError("messages must be a non-empty list of mappings with role and content")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"messages[{index}] must be a mapping with role and content")
-        content = message.get("content")
-        if "content" not in message and message["role"] not in ("assistant", "model"):
-            raise InputError(f"messages[{index}] has no content")
-        if content is None or isinstance(content, str):
-            continue
-        if not _is_list(content):
-            raise InputError(f"messages[{index}]: content must be a string or a list of parts, got {type(content).__name__}")
-        for part in content:
-            _check_part(part, f"messages[{index}]")
-
-
-def _check_part(part: Any, where: str) -> None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(kind, str):
-        raise InputError(
-            f'{where}: a part of the content must be a mapping with a type, such as {{"type": "text", "text": "Hi"}}'
-        )
-    for medium, media_are in _MEDIA.items():
-        if medium in kind:  # image_url and input_audio are other names in use
-            raise InputError(f"{where}: {media_are} not supported yet; text only")
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise InputError(f"{where}: a part of type {kind!r} must be of type text, with a string as its text")
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

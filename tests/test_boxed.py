@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.backends import Piece, load_backend
 from mlx_diffgemma.checkpoint import BOXED, Checkpoint, fetch
-from mlx_diffgemma.demo.sudoku import Grid, check, fresh_puzzle, is_held_out
+from mlx_diffgemma.demo.sudoku import Grid, check, fresh_puzzle, from_tokens, is_held_out, to_tokens
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.pipeline import load
+from mlx_diffgemma.sampler import FREE
 from support.comparing import BACKENDS
 from support.reference import Reference
 
@@ -55,6 +56,21 @@ def test_the_same_tokens_on_all_backends() -> None:
     assert share == 1
 
 
+def test_each_puzzle_has_a_template_of_its_own(backend_name: str) -> None:
+    """Clues frozen, of several puzzles in one pass: each is written as it is alone."""
+    puzzles, solutions = (grids[:6] for grids in held_out())
+    checkpoint = Checkpoint.open("sudoku")
+    backend = load_backend(checkpoint, backend_name, device="cpu", dtype="float32")
+    templates = np.where(puzzles > 0, to_tokens(puzzles), FREE).astype(np.int32)
+    together = solving.solve(backend, puzzles, solutions, checkpoint.generation, frozen=templates)
+    assert (from_tokens(together.tokens[:, :36], 6) == puzzles)[puzzles > 0].all()
+    for index in range(6):
+        row = slice(index, index + 1)
+        alone = solving.solve(backend, puzzles[row], solutions[row], checkpoint.generation, seed=index, frozen=templates[row])
+        assert (alone.tokens == together.tokens[row]).all()
+        assert (alone.steps == together.steps[row]).all()
+
+
 def test_transformers_writes_the_same() -> None:
     checkpoint, rows = Checkpoint.open("sudoku"), 8
     prompts = vocabulary.prompt_tokens(held_out()[0][:rows])
@@ -71,9 +87,9 @@ def test_causal_mode(backend_name: str) -> None:
     puzzles, solutions = held_out()
     backend = load_backend(Checkpoint.open("sudoku"), backend_name, device="cpu", dtype="float32")
     found = evaluation.causal(backend, puzzles, solutions)
-    tokens = np.concatenate([vocabulary.prompt_tokens(puzzles), solving.canvas_tokens(solutions)], axis=1)
-    logits = backend.logits(tokens, backend.new_cache(COUNT), causal=True)
-    right = logits[:, 39:75].argmax(axis=-1) == tokens[:, 40:76]  # the 36 cells follow 40 tokens of prompt
+    texts = np.concatenate([vocabulary.prompt_tokens(puzzles), solving.canvas_tokens(solutions)], axis=1)
+    logits = np.stack(backend.logits([Piece(text, backend.new_cache()) for text in texts]))
+    right = logits[:, 39:75].argmax(axis=-1) == texts[:, 40:76]  # the 36 cells follow 40 tokens of prompt
     print(f"{backend_name}: {found}, {right.mean():.1%} of the cells are the likeliest")
     assert found["solve_rate"] == right.all(axis=1).mean()
     assert 0 < found["loss"] < 0.3

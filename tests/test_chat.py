@@ -19,10 +19,7 @@ from prompt_toolkit.input import DummyInput
 from prompt_toolkit.output import DummyOutput
 from test_live import DIM, block, decode, draft
 
-from mlx_diffgemma import load
-from mlx_diffgemma.chat.conversation import Conversation
-from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.chat.reply import Reply
+from mlx_diffgemma import Content, Conversation, Reasoning, Reply, ToolCall, load
 from mlx_diffgemma.cli import chat as chat_module
 from mlx_diffgemma.cli import main, repl
 from mlx_diffgemma.cli.live import printable
@@ -202,7 +199,7 @@ def test_a_file_is_not_overwritten_unasked(run: Callable[..., Result], tmp_path:
         ("/seed -1", "a seed is a whole number from 0 to 2^64 - 1, or fresh"),
         ("/seed 18446744073709551616", "a seed is a whole number"),
         ("/mode sideways", "unknown mode 'sideways'; known are diffusion and causal"),
-        ("/mode causal", "t_min is no option of the causal mode"),
+        ("/mode causal", "t_min belongs to the diffusion mode; leave it out, or change the mode"),
         ("/thinking maybe", "/thinking takes on or off, not 'maybe'"),
         ("long " * 600, "2453 prompt tokens and 20 new ones"),
         ("\udcff", "the text is not valid Unicode: a lone surrogate at character 0"),
@@ -228,7 +225,7 @@ def test_there_is_nothing_yet(run: Callable[..., Result], command: str) -> None:
 def test_a_retry_that_fails_leaves_the_reply(run: Callable[..., Result], model: DiffusionGemma, tmp_path: Path) -> None:
     (reply,) = answers(Conversation(model), "Hi", seed=3)
     conversation = Conversation(model)
-    chat = chat_module.Chat(conversation, mode="diffusion", seed=3, sampler={})
+    chat = chat_module.ChatSession(conversation, mode="diffusion", seed=3, sampler={})
     file = tmp_path / "chat.json"
 
     def typed() -> Any:

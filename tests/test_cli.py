@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_diffgemma import Block, Draft, Generation, GenerationConfig, load
+from mlx_diffgemma import Block, Content, Draft, Generation, GenerationConfig, Infill, infill, load, revise
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import COMMANDS, main
 from mlx_diffgemma.cli.generate import TextView
@@ -85,12 +85,38 @@ def test_options_reach_the_model(chat: Path, expected: Callable[..., Generation]
         (["--greedy"], {"greedy": True}),
         (["--raw"], {"raw": True}),
         (["--system", "Be brief."], {"system": "Be brief."}),
+        (["--system", "<|think|>"], {"system": "<|think|>"}),
+        (["--system", "<|think|>", "--markup"], {"system": "<|think|>", "markup": True}),
     ):
         content = json.loads(run(*base, "--seed", 3, *given, *flags).stdout)
         wanted = expected(QUESTION, seed=3, **options, **more)
         assert content["tokens"] == wanted.tokens, f"{flags}"
         assert content["statistics"]["denoising_steps"] == list(wanted.statistics.denoising_steps)
         assert content["statistics"]["prompt_tokens"] == wanted.statistics.prompt_tokens
+
+
+@pytest.mark.parametrize("command", ["infill", "revise"])
+def test_system_and_markup_reach_the_editors(chat: Path, command: str) -> None:
+    """Each changes what is read, and by the same seed what is written or how it is scored."""
+    model, text = load(chat), "Why <|think|><hole:3> blue?" if command == "infill" else "Why <|think|> is it blue?"
+    base = [command, chat, text, "--seed", 3, "--json", *(["--strength", 0.9] if command == "revise" else [])]
+    results = []
+    for flags, more in (
+        ([], {}),
+        (["--system", "Be brief."], {"system": "Be brief."}),
+        (["--markup"], {"markup": True}),
+        (["--markup", "--system", "<|think|>"], {"markup": True, "system": "<|think|>"}),
+        (["--markup", "--raw"], {"markup": True, "raw": True}),
+    ):
+        content = json.loads(run(*base, *flags).stdout)
+        given: dict[str, Any] = {"seed": 3, **more}
+        wanted = infill(model, text, **given) if command == "infill" else revise(model, text, 0.9, **given)
+        assert content["text"] == wanted.text, f"{flags}"
+        results.append((wanted.text, wanted.fillings[0].candidate.score if isinstance(wanted, Infill) else 0))
+    assert len(set(results)) == len(results)
+    result = CliRunner().invoke(main, [str(argument) for argument in (*base, "--raw", "--system", "x")])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "a system message needs the chat template" in result.stderr
 
 
 def test_json(chat: Path, expected: Callable[..., Generation]) -> None:
@@ -120,21 +146,24 @@ def test_text_is_shown_by_blocks_and_characters_are_whole(tmp_path: Path, capsys
     wave = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in "🌊".encode()]
     a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
     texts = [[a, b, c, a, *wave[:2]], [*wave[2:], b, b, wave[0], wave[1]], [c] * 6]
-    backend = FakeBackend(lambda block, step, canvas: full(texts[block]), dataclasses.replace(MODEL, vocab_size=VOCAB_SIZE))
+    backend = FakeBackend(lambda asked: full(texts[asked.block]), dataclasses.replace(MODEL, vocab_size=VOCAB_SIZE))
     generation = GenerationConfig(max_new_tokens=13, max_denoising_steps=1)
     model = DiffusionGemma(Checkpoint(tmp_path, backend.config, generation, {}, {}, {}), backend)
 
-    view, shown = TextView(model.tokenizer, 13, summary=False), []
+    view, shown = TextView(summary=False), []
     for event in model.stream([5], seed=0):
         view(event)
         shown.append((type(event), capsys.readouterr().out))
     assert shown == [
         (Draft, ""),
-        (Block, "abca"),
+        (Block, ""),
+        (Content, "abca"),
         (Draft, ""),
-        (Block, "🌊bb"),
+        (Block, ""),
+        (Content, "🌊bb"),
         (Draft, ""),
-        (Block, "\ufffdc"),  # the cut at 13 tokens holds in the stream too
+        (Block, ""),
+        (Content, "\ufffdc"),  # the cut at 13 tokens holds in the stream too
         (Generation, "\n"),
     ]
 
@@ -220,6 +249,6 @@ def test_info(layout: str, tmp_path: Path) -> None:
         assert cells[part.name] == [part.format, *numbers]
     assert cells["parameters"] == ["25,823,781,228; active for each token: 3,840,375,612"]
     assert cells["layers"] == ["30: 25 with a window of 1,024, 5 full"]
-    assert cells["cache of 5,000 tokens"] == [f"{summary.memory[dtype].cache:,}" for dtype in ("float32", "bfloat16")]
+    assert cells["cache of 5,000 tokens, with room"] == [f"{summary.memory[dtype].cache:,}" for dtype in ("float32", "bfloat16")]
     assert cells["max_denoising_steps"] == ["48"]
     assert cells["eos_token_ids"] == ["1, 106, 50"]

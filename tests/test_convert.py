@@ -17,8 +17,9 @@ import torch
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization, Tensor, graph_name
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.convert import RECIPES, Plan, make_recipe, parse_format, shards, side_files
+from mlx_diffgemma.convert.quantize import PIECE_BYTES, pack
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
-from support.converting import SHAPE, contents, converted, copy_with, make_source, refused, run
+from support.converting import LARGE, SHAPE, contents, converted, copy_with, make_source, refused, run
 from support.real_layout import config as real_config
 from support.real_layout import stored_tensors, total_bytes
 from support.reference import make_checkpoint
@@ -82,35 +83,59 @@ def test_recipe_packs_like_mlx(recipe: str, source: Path, tmp_path: Path) -> Non
         assert by_part["embed_tokens"] == by_part["layers.0.router.proj"] == "affine 8-bit, groups of 64"
 
 
-@pytest.mark.parametrize(
-    "formats",
-    [
-        ("2:32", "3:128", "mxfp8"),
-        ("3:32", "5", "nvfp4"),
-        ("4:32", "6:128", "mxfp4"),
-        ("5:64", "8:32", "2"),
-        ("6:32", "bf16", "4:128"),
-        ("bf16", "mxfp4", "nvfp4"),
-    ],
-)
+MODULES = ("layers.0.experts.gate_up_proj", "embed_tokens", "layers.1.self_attn.o_proj")
+
+#: For each of the modules.
+FORMATS = [
+    ("2:32", "3:128", "mxfp8"),
+    ("3:32", "5", "nvfp4"),
+    ("4:32", "6:128", "mxfp4"),
+    ("5:64", "8:32", "2"),
+    ("6:32", "bf16", "4:128"),
+    ("bf16", "mxfp4", "nvfp4"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("formats", FORMATS)
 def test_any_portion_of_rows_packs_like_the_whole(
-    formats: tuple[str, str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    formats: tuple[str, str, str], dtype: str, source: Path, float32_source: Path
 ) -> None:
-    monkeypatch.setattr(shards, "PIECE_BYTES", 1800)  # seven rows of 128, which divide no tensor evenly
+    """Seven rows at a time, which divide no tensor evenly."""
+    folder = {"BF16": source, "F32": float32_source}[dtype]
+    tensors, stored = Checkpoint.open(folder).tensors, {graph_name(name): array for name, array in weights(folder).items()}
+    for module, form in zip(MODULES, map(parse_format, formats), strict=True):
+        tensor, whole = tensors[f"{module}.weight"], stored[f"{module}.weight"].astype(mx.bfloat16)
+        assert tensor.dtype == dtype
+        pieces = list(shards.read_rows(tensor, 7 * whole.shape[-1] * {"BF16": 2, "F32": 4}[dtype] + 1))
+        assert len(pieces[-1]) < len(pieces[0]) == 7
+        packed = zip(*(pack(piece, dtype, form) for piece in pieces), strict=True)
+        parts = mx.quantize(whole, form.group_size, form.bits, mode=form.mode) if form else [whole]
+        for actual, expected in zip(packed, map(stored_bits, parts), strict=True):
+            np.testing.assert_array_equal(np.concatenate(actual), expected.reshape(-1, expected.shape[-1]), f"{module}: {form}")
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_each_part_has_the_format_that_was_set(formats: tuple[str, str, str], source: Path, tmp_path: Path) -> None:
     parts = ("experts", "embedding", "attention")
     settings = [f"--set={part}={form}" for part, form in zip(parts, formats, strict=True)]
     folder = converted(source, tmp_path / "out", *settings)
     assert_packed_like_mlx(folder, source)
     quantization = Checkpoint.open(folder).quantization
-    modules = ("layers.0.experts.gate_up_proj", "embed_tokens", "layers.1.self_attn.o_proj")
-    assert [quantization.get(module) for module in modules] == [parse_format(form) for form in formats]
+    assert [quantization.get(module) for module in MODULES] == [parse_format(form) for form in formats]
+
+
+@pytest.mark.parametrize("settings", [["--set=experts=nvfp4", "--set=embedding=3:128"], ["--recipe=bf16"]])
+def test_tensors_of_several_pieces(settings: list[str], tmp_path: Path) -> None:
+    """Each piece of the words, scales and biases goes behind the one before it."""
+    source = make_source(tmp_path / "large", LARGE)
+    large = [tensor for tensor in Checkpoint.open(source).tensors.values() if tensor.nbytes > PIECE_BYTES]
+    assert [tensor.nbytes % PIECE_BYTES > 0 for tensor in large] == [True] * 3
+    assert_packed_like_mlx(converted(source, tmp_path / "out", *settings), source)
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "bf16"])
-def test_float32_is_rounded_to_bfloat16_first(
-    recipe: str, float32_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "PIECE_BYTES", 1800)
+def test_float32_is_rounded_to_bfloat16_first(recipe: str, float32_source: Path, tmp_path: Path) -> None:
     folder = converted(float32_source, tmp_path / "out", "--recipe", recipe)
     assert_packed_like_mlx(folder, float32_source)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
@@ -329,7 +354,8 @@ def test_a_failed_upload_keeps_the_checkpoint(source: Path, tmp_path: Path, hub:
             "experts.down_proj: groups of 128 do not divide its rows of 64; set another format for experts",
         ),
         (["--shard-size=big"], "--shard-size 'big' is not a size"),
-        (["--shard-size=0"], "--shard-size '0' is not a size"),
+        (["--shard-size=0"], "--shard-size must be at least 1 bytes, got '0'"),
+        (["--shard-size=-1"], "--shard-size '-1' is not a size"),
         (["--upload-repo=mine"], "'mine' is not a hub repository of the form OWNER/NAME"),
     ],
 )

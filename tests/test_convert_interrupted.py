@@ -2,11 +2,13 @@
 
 import errno
 import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from click.testing import Result
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.convert import Plan, make_recipe, shards, side_files, write
 from mlx_diffgemma.errors import CheckpointError, InputError
-from support.converting import contents, converted, copy_with, make_source, refused, run
+from support.converting import LARGE, contents, converted, copy_with, make_source, refused, run
 
 SHARD_BYTES = 60_000
 
@@ -27,14 +29,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 _CHILD = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.convert import Plan, make_recipe, shards, side_files, write
+from mlx_diffgemma.convert import Plan, make_recipe, side_files, write
 
 source, target, deadly, shard_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-shards.PIECE_BYTES = 8192
-events = 0
+events, reports = 0, []
 
 def tick():
     global events
@@ -46,29 +47,41 @@ def audit(event, arguments):  # is called before the operation
     if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(arguments[0]).startswith(str(target)):
         tick()
 
+def report(progress):
+    tick()
+    reports.append((events, progress.bytes_done))
+
 checkpoint = Checkpoint.open(source)
 plan = Plan.make(checkpoint, make_recipe(), shard_bytes)
 files = side_files(checkpoint, plan)
 sys.addaudithook(audit)
-write(plan, target, files, report=lambda progress: tick())
-print(events)
+write(plan, target, files, report=report)
+print(json.dumps([events, reports]))
 """
 
 
 def killed_run(source: Path, target: Path, deadly: int) -> subprocess.CompletedProcess[str]:
-    """Convert in a process that kills itself at the ``deadly``-th piece or operation on files; 0 is never."""
+    """Convert in a process that kills itself at the ``deadly``-th piece or operation on files; 0 is never.
+
+    It prints how many there are, and for each report its number and the bytes that were written.
+    """
     command = [sys.executable, "-c", _CHILD, str(source), str(target), str(deadly), str(SHARD_BYTES)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Killed between two files, between two tensors, and between two pieces of one."""
+    source = make_source(tmp_path / "source", LARGE)
     expected = contents(converted(source, tmp_path / "expected", "--shard-size", str(SHARD_BYTES)))
     whole = killed_run(source, tmp_path / "whole", 0)
     assert whole.returncode == 0, whole.stderr
     assert contents(tmp_path / "whole") == expected
-    events = int(whole.stdout)
+    events, reports = json.loads(whole.stdout)
+    ends = {0, *accumulate(entry.nbytes for entry in Plan.make(Checkpoint.open(source), make_recipe(), SHARD_BYTES).entries)}
+    within = [event for event, nbytes in reports if nbytes not in ends]
+    assert len(within) >= 3, "every tensor is written in one piece"
     # the first and the last ones are the folder's making and its renaming
-    points = [2, *sorted(random.Random(0).sample(range(3, events - 3), 8)), events - 3, events - 1]
+    points = sorted({2, within[0], within[-1], *random.Random(0).sample(range(3, events - 3), 6), events - 3, events - 1})
     for point in points:
         target = tmp_path / f"killed at {point}"
         killed = killed_run(source, target, point)

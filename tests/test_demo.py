@@ -1,22 +1,21 @@
 """The demo: what it shows, on a terminal and in lines, and what its exit status says. The model is a fake."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Denoised
 from mlx_diffgemma.cli import demo
 from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, UNSETTLED
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.demo.sudoku import Grid
+from support.fake import MODEL, Answer, Asked, FakeBackend, full
 from support.screen import Screen
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
@@ -40,36 +39,23 @@ def next_digit(grid: Grid, cell: int) -> Grid:
 WRONG = next_digit(PUZZLE.solution, FREE[-1])
 
 
-class FakeBackend:
+def fake(answer: Grid) -> FakeBackend:
     """Gets surer of ``answer``: in step s it doubts the free cells but the first s. The first is wrong in steps 1 and 2."""
 
-    name, device, dtype = "fake", "cpu", "float32"
+    def script(asked: Asked) -> Answer:
+        grid = next_digit(answer, FREE[0]) if asked.step <= 2 else answer
+        entropy = np.zeros(16, np.float32)
+        entropy[FREE[asked.step :]] = 1.2
+        return full(sudoku.to_tokens(np.array(grid.cells, np.int8)), entropy, width=16)
 
-    def __init__(self, answer: Grid) -> None:
-        self.answer, self.step = answer, 0
-        self.config: Any = SimpleNamespace(canvas_length=16, vocab_size=16, max_position_embeddings=64)
-        self.prompt: list[int] = []
-
-    def new_cache(self, batch_size: int = 1) -> list[int]:
-        return []
-
-    def encode(self, tokens: NDArray[np.int32], cache: list[int], *, logits: bool = False) -> None:
-        self.prompt = tokens[0].tolist()
-
-    def denoise(self, canvas: NDArray[np.int32], cache: list[int], **options: Any) -> Denoised:
-        self.step += 1
-        grid = next_digit(self.answer, FREE[0]) if self.step <= 2 else self.answer
-        entropy = np.zeros((1, 16), np.float32)
-        entropy[0, FREE[self.step :]] = 1.2
-        tokens = sudoku.to_tokens(np.array([grid.cells], np.int8))
-        return Denoised(tokens, tokens, entropy, None)
+    return FakeBackend(script, replace(MODEL, canvas_length=16, vocab_size=16))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, answer: Grid, *options: str) -> Result:
     """The command, with a checkpoint and a backend put in."""
-    checkpoint = SimpleNamespace(config=FakeBackend(answer).config, generation=CONFIG)
+    checkpoint = SimpleNamespace(config=fake(answer).config, generation=CONFIG)
     monkeypatch.setattr(demo, "Checkpoint", SimpleNamespace(open=lambda source: checkpoint))
-    monkeypatch.setattr(demo, "load_backend", lambda opened, name: FakeBackend(answer))
+    monkeypatch.setattr(demo, "load_backend", lambda opened, name: fake(answer))
     return CliRunner().invoke(demo.demo, [*options], catch_exceptions=False)
 
 
@@ -144,11 +130,11 @@ def test_impossible_clues_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_prompt_is_that_of_training() -> None:
-    backend = FakeBackend(PUZZLE.solution)
+    backend = fake(PUZZLE.solution)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(click, "echo", lambda text: None)
         demo.solve(backend, CONFIG, PUZZLE, 0, None)
-    assert backend.prompt == prompt_tokens(np.array([PUZZLE.clues.cells], np.int8))[0].tolist()
+    assert backend.tokens_of("encode") == [prompt_tokens(np.array([PUZZLE.clues.cells], np.int8)).tolist()]
 
 
 def test_cells_by_what_is_known_of_them() -> None:
@@ -164,7 +150,7 @@ def test_cells_by_what_is_known_of_them() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(demo.time, "sleep", look)
         monkeypatch.setattr(click, "echo", lambda text: screen.write(f"{text}\n"))
-        assert demo.solve(FakeBackend(PUZZLE.solution), CONFIG, PUZZLE, 0, screen.console())
+        assert demo.solve(fake(PUZZLE.solution), CONFIG, PUZZLE, 0, screen.console())
     given, taken_back, settled, dots, below = seen[2]
     solution = PUZZLE.solution.cells
     assert given == "".join(str(clue) for clue in PUZZLE.clues.cells if clue)
@@ -194,14 +180,14 @@ def test_small_screens(size: tuple[int, int]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(demo.time, "sleep", look)
         monkeypatch.setattr(click, "echo", lambda text: None)
-        demo.solve(FakeBackend(PUZZLE.solution), CONFIG, PUZZLE, 0, screen.console())
+        demo.solve(fake(PUZZLE.solution), CONFIG, PUZZLE, 0, screen.console())
     grid = PUZZLE.solution.render().splitlines()
     assert screen.lines == [line[: size[0]].rstrip() for line in grid]
 
 
 def test_interrupted() -> None:
     screen = Screen(80, 30)
-    backend = FakeBackend(PUZZLE.solution)
+    backend = fake(PUZZLE.solution)
 
     def pressed(seconds: float) -> None:
         raise KeyboardInterrupt
@@ -213,4 +199,4 @@ def test_interrupted() -> None:
     assert screen.lines == []
     assert not screen.cursor_hidden
     assert screen.wraps
-    assert backend.step == 1, "it went on computing"
+    assert len(backend.asked) == 1, "it went on computing"

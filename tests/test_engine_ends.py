@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma import InputError
-from mlx_diffgemma.scheduler.engine import Cancelled, Finished, Stopping, TimedOut
-from support.fake import MODEL
-from support.scheduling import SECONDS, WIDTH, Bench, Inbox, Rows
+from mlx_diffgemma.backends import Piece, Row
+from mlx_diffgemma.scheduler import engine as engine_module
+from mlx_diffgemma.scheduler.jobs import Cancelled, Finished, Stopping, TimedOut
+from support.fake import FakeCache, V
+from support.scheduling import SECONDS, WIDTH, Bench, Inbox
+
+ONE = np.ones(1, np.int32)
 
 
 def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> None:
@@ -25,7 +29,7 @@ def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> N
             asked.set()
             assert cancelled.wait(SECONDS)
 
-    it.backend.during = wait
+    it.during = wait
     refused: list[str] = []
 
     def work() -> Iterator[int]:
@@ -33,7 +37,7 @@ def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> N
             yield from it.steps(1, count=100)
         finally:
             backend = it.engine.model.backend
-            for call in (lambda: backend.encode(np.ones((1, 1), np.int32), backend.new_cache(1)), lambda: next(it.steps(5))):
+            for call in (lambda: backend.encode([Piece(ONE, backend.new_cache())]), lambda: next(it.steps(5))):
                 try:
                     call()
                 except Cancelled:
@@ -46,7 +50,7 @@ def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> N
     job.cancel()
     cancelled.set()
     assert isinstance(inbox.error, Cancelled)
-    assert it.backend.calls == [("encode", [1]), *[("denoise", [1])] * 3], "calls after the job was cancelled"
+    assert it.calls == [("encode", [1]), *[("denoise", [1])] * 3], "calls after the job was cancelled"
     assert refused == ["engine"] * 2, "calls of the backend while the work was closed"
     assert inbox.events[:-1] == [0, 1], "an event of a step that nobody waits for"
     assert it.closed == [1, 5]
@@ -56,12 +60,11 @@ def test_a_cancelled_job_takes_no_further_step(bench: Callable[..., Bench]) -> N
 def test_a_cancelled_job_falls_out_of_its_batch(bench: Callable[..., Bench]) -> None:
     it = bench()
     jobs = [it.submit(k) for k in (1, 2, 3)]
-    it.backend.during = lambda call: jobs[1][0].cancel() if call == 5 else None  # in the second step
+    it.during = lambda call: jobs[1][0].cancel() if call == 3 else None  # in the second step
     it.engine.start()
     errors = [inbox.error for _, inbox in jobs]
-    assert it.backend.steps == [[1, 2, 3], [1, 2, 3], [1, 3], [1, 3]]
+    assert it.passes == [[1, 2, 3], [1, 2, 3], [1, 3], [1, 3]]
     assert (errors[0], type(errors[1]), errors[2]) == (None, Cancelled, None)
-    assert len(it.backend.joined) == 2
 
 
 def test_a_job_may_be_cancelled_while_others_are_told(bench: Callable[..., Bench]) -> None:
@@ -77,7 +80,7 @@ def test_a_job_may_be_cancelled_while_others_are_told(bench: Callable[..., Bench
     it.engine.submit(lambda: it.steps(2), deliver, client="a")
     it.engine.start()
     assert (type(first.error), inbox.error) == (Cancelled, None)
-    assert it.backend.steps == [[1, 2], [1, 2], [2], [2]]
+    assert it.passes == [[1, 2], [1, 2], [2], [2]]
 
 
 @pytest.mark.parametrize("ending", ["cancel", "error"])
@@ -86,7 +89,8 @@ def test_a_job_gives_its_caches_back_as_it_ends(bench: Callable[..., Bench], end
     it, inboxes = bench(), [Inbox(), Inbox()]
 
     def failing(token: int) -> Iterator[int]:
-        own = it.engine.model.backend.new_cache(1)
+        own = it.engine.model.backend.new_cache()
+        assert isinstance(own, FakeCache)
         it.caches.append(weakref.ref(own))
         yield from it.steps(token, count=2)
         if ending == "error":
@@ -104,12 +108,13 @@ def test_a_job_gives_its_caches_back_as_it_ends(bench: Callable[..., Bench], end
             for work, inbox in zip((lambda: failing(1), gathering), inboxes, strict=True)
         ]
         if ending == "cancel":
-            it.backend.during = lambda call: [job.cancel() for job in jobs] if call == 5 else None  # type: ignore[return-value]
+            it.during = lambda call: [job.cancel() for job in jobs] if call == 3 else None
         it.engine.start()
         assert [type(inbox.error) for inbox in inboxes] == [{"cancel": Cancelled, "error": InputError}[ending]] * 2
         assert it.submit(5)[1].error is None  # the engine is past all of that
         for inbox in inboxes:
             inbox.events.clear()  # an error's traceback is its receiver's
+        it.backend.asked.clear()
         assert len(it.caches) == 6
         assert [cache() for cache in it.caches[:5]] == [None] * 5
     finally:
@@ -123,26 +128,26 @@ def test_jobs_cancelled_before_they_begin_never_do(bench: Callable[..., Bench]) 
         job.cancel()
     it.engine.start()
     assert all(isinstance(inbox.error, Cancelled) for _, inbox in jobs)
-    assert (it.backend.calls, it.closed, it.engine.counters.admitted) == ([], [], 0)
+    assert (it.calls, it.closed, it.engine.counters.admitted) == ([], [], 0)
 
 
 def test_time_limits(bench: Callable[..., Bench], clock: SimpleNamespace) -> None:
-    it = bench(parallel=2)
+    it = bench(parallel=2, max_batch=1)
 
     def pass_time(_: int) -> None:
         clock.now += 1.0
 
-    it.backend.during = pass_time
-    _, first = it.submit(1, "a", count=9, length=1)
-    _, running = it.submit(2, "b", count=9, length=2, seconds=4.5)
-    _, waiting = it.submit(3, "c", count=9, length=3, seconds=2.5)
-    _, patient = it.submit(4, "d", count=1, length=4, seconds=60.0)
+    it.during = pass_time
+    _, first = it.submit(1, "a", count=9)
+    _, running = it.submit(2, "b", count=9, seconds=4.5)
+    _, waiting = it.submit(3, "c", count=9, seconds=2.5)
+    _, patient = it.submit(4, "d", count=1, seconds=60.0)
     it.engine.start()
     assert (first.error, patient.error) == (None, None)
     assert isinstance(running.error, TimedOut)
     assert isinstance(waiting.error, TimedOut)
     assert "longer than 2.5 s" in str(waiting.error)
-    asked = [tokens[0] for _, tokens in it.backend.calls]
+    asked = [tokens[0] for _, tokens in it.calls]
     assert asked[:5] == [1, 2, 1, 2, 1], "5 s have passed when the limit of 4.5 is seen"
     assert (asked.count(2), asked.count(3)) == (2, 0)
     assert (it.engine.counters.timed_out, it.engine.counters.admitted) == (2, 3)
@@ -161,7 +166,7 @@ def test_errors_end_their_own_job(bench: Callable[..., Bench]) -> None:
 
     def foreign_tokens() -> Iterator[int]:
         yield from it.steps(2, count=1)
-        it.engine.model.backend.denoise(np.full((1, WIDTH), MODEL.vocab_size, np.int32), Rows([[1] * 3]), temperature=1.0)
+        it.engine.model.backend.denoise([Row(np.full(WIDTH, V, np.int32), FakeCache([2]), 1.0)])
 
     def swallowing() -> Iterator[int]:
         for _ in range(2):
@@ -173,7 +178,7 @@ def test_errors_end_their_own_job(bench: Callable[..., Bench]) -> None:
     for work, inbox in zip((no_iterator, broken, foreign_tokens, swallowing), inboxes, strict=True):
         job = it.engine.submit(work, inbox, client="a")
     _, good = it.submit(4)
-    it.backend.during = lambda call: job.cancel() if call == 12 else None
+    it.during = lambda call: job.cancel() if call == 12 else None
     it.engine.start()
     assert [type(inbox.error) for inbox in inboxes] == [InputError, SystemExit, InputError, Cancelled]
     assert "vocabulary" in str(inboxes[2].error)
@@ -182,17 +187,17 @@ def test_errors_end_their_own_job(bench: Callable[..., Bench]) -> None:
 
 
 def test_an_error_of_a_pass_goes_to_all_in_it(bench: Callable[..., Bench]) -> None:
-    it = bench()
+    it = bench(max_batch=2)
 
     def fail(_: int) -> None:
-        if it.backend.steps[2:] and it.backend.calls[-1][1] == [1, 2]:
+        if it.passes[2:] and it.calls[-1][1] == [1, 2]:
             raise MemoryError("no more memory")
 
-    it.backend.during = fail
-    inboxes = [it.submit(k)[1] for k in (1, 2)] + [it.submit(3, length=5)[1]]
+    it.during = fail
+    inboxes = [it.submit(k)[1] for k in (1, 2, 3, 4)]
     it.engine.start()
-    assert [type(inbox.error) for inbox in inboxes] == [MemoryError, MemoryError, type(None)]
-    assert it.submit(4)[1].error is None, "the engine goes on"
+    assert [type(inbox.error) for inbox in inboxes] == [MemoryError, MemoryError, type(None), type(None)]
+    assert it.submit(5)[1].error is None, "the engine goes on"
 
 
 def test_broken_delivery(bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture) -> None:
@@ -216,7 +221,7 @@ def test_broken_delivery(bench: Callable[..., Bench], caplog: pytest.LogCaptureF
     assert seen[0] == 0
     assert isinstance(seen[1].error, ConnectionError)
     assert len(seen) == 2
-    assert it.backend.steps == [[1, 2], [2], [2], [2]]
+    assert it.passes == [[1, 2], [2], [2], [2]]
     assert it.closed == [1, 5, 2]
     assert [record.getMessage() for record in caplog.records] == [
         "an event could not be delivered, and its request is cancelled",
@@ -240,7 +245,7 @@ def test_a_stop_lets_what_is_running_end(bench: Callable[..., Bench]) -> None:
             asked.set()
             assert stopping.wait(SECONDS)
 
-    it.backend.during = wait
+    it.during = wait
     it.engine.submit(work, inbox, client="a")
     _, waiting = it.submit(2)
     it.engine.start()
@@ -261,7 +266,7 @@ def test_a_stop_lets_what_is_running_end(bench: Callable[..., Bench]) -> None:
 
 def test_a_stop_ends_what_is_left_after_its_time(bench: Callable[..., Bench]) -> None:
     it, asked = bench(), threading.Event()
-    it.backend.during = lambda call: asked.set() if call == 5 else None
+    it.during = lambda call: asked.set() if call == 5 else None
     _, inbox = it.submit(1, count=10**9)
     it.engine.start()
     assert asked.wait(SECONDS)
@@ -281,21 +286,39 @@ def test_a_stop_before_the_start(bench: Callable[..., Bench]) -> None:
         it.engine.start()
 
 
-def test_a_failing_engine_leaves_nobody_waiting(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["policy", "backend"])
+def test_a_failing_engine_leaves_nobody_waiting(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """A mistake in the choice of a pass, which is ours; and what ends a thread in the middle of one."""
     it, gathered = bench(parallel=2), Inbox()
-    picked = it.engine._picked
+    error: BaseException = ZeroDivisionError() if failing == "policy" else SystemExit()
+    next_pass = engine_module.next_pass
 
-    def fail() -> Any:
-        if len(it.backend.calls) == 6:
-            raise ZeroDivisionError
-        return picked()
+    def fail(*arguments: Any, **options: Any) -> list[int]:
+        if len(it.calls) == 3:
+            raise error
+        return next_pass(*arguments, **options)
 
-    monkeypatch.setattr(it.engine, "_picked", fail)
-    it.engine.submit(lambda: it.engine.gather([it.steps(1), it.steps(2)]), gathered, client="a")
+    def exit(call: int) -> None:
+        if call == 3:
+            raise error
+
+    if failing == "policy":
+        monkeypatch.setattr(engine_module, "next_pass", fail)
+    else:
+        it.during = exit
+
+    def work() -> Iterator[Any]:
+        it.engine.later(it.idle(9))
+        return it.engine.gather([it.steps(1), it.steps(2)])
+
+    it.engine.submit(work, gathered, client="a")
     inboxes = [gathered, it.submit(3)[1], it.submit(4)[1]]
     it.engine.start()
-    assert [type(inbox.error) for inbox in inboxes] == [ZeroDivisionError] * 3
-    assert sorted(it.closed) == [1, 2, 3]
+    assert [inbox.error for inbox in inboxes] == [error] * 3
+    it.engine.stop()
+    assert sorted(it.closed) == [1, 2, 3, 9]
     with pytest.raises(Stopping):
         it.submit(5)
 
@@ -306,7 +329,7 @@ def test_gathered_choices_are_one_batch(bench: Callable[..., Bench]) -> None:
     it.engine.start()
     assert inbox.error is None
     assert inbox.events[:-1] == [(index, step) for step in range(4) for index in range(3)] + [(1, 4)]
-    assert it.backend.steps == [[1, 2, 3]] * 4 + [[2]]
+    assert it.passes == [[1, 2, 3]] * 4 + [[2]]
 
 
 def test_gather_within_gather_and_calls_between(bench: Callable[..., Bench]) -> None:
@@ -315,7 +338,7 @@ def test_gather_within_gather_and_calls_between(bench: Callable[..., Bench]) -> 
     def work() -> Iterator[Any]:
         inner = it.engine.gather([it.steps(1, count=2), it.steps(2, count=2)])
         for event in it.engine.gather([inner, iter("xy")]):
-            it.engine.model.backend.encode(np.full((1, 1), 9, np.int32), Rows([[]]))
+            it.engine.model.backend.encode([Piece(9 * ONE, FakeCache())])
             yield event
 
     it.engine.submit(work, inbox, client="a")
@@ -352,7 +375,7 @@ def test_gather_closes_what_it_leaves(bench: Callable[..., Bench], ending: str) 
     it.engine.start()
     error = inbox.error
     assert type(error) is {"error": InputError, "cancel": Cancelled}.get(ending, type(None))
-    assert it.backend.steps == [[1, 2, 3]] * 2, "steps after the gathering was closed"
+    assert it.passes == [[1, 2, 3]] * 2, "steps after the gathering was closed"
     assert {1, 2, 3} <= set(it.closed)
     if ending == "break":
         assert {1, 2} <= set(inbox.events[-2]), "closed before the work went on"

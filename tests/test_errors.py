@@ -235,7 +235,7 @@ def test_mlx_gpu_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--max-new-tokens", "-3"], "max_new_tokens must be an integer of at least 1, got -3"),
         (["--max-denoising-steps", "0"], "max_denoising_steps must be an integer of at least 1, got 0"),
         (["--canvas-length", "0"], "canvas_length must be an integer of at least 1, got 0"),
-        (["--canvas-length", "9"], "canvas_length 9 exceeds the model's 8"),
+        (["--canvas-length", "9"], "canvas_length 9 is larger than the model's 8; use that or less"),
         (["--stability-threshold", "-1"], "stability_threshold must be an integer of at least 0, got -1"),
         (["--confidence-threshold", "-0.1"], "confidence_threshold must be a finite number of at least 0, got -0.1"),
         (["--confidence-threshold", "nan"], "confidence_threshold must be a finite number"),
@@ -297,7 +297,19 @@ def test_no_chat_template(folder: Path) -> None:
 )
 def test_images(model: DiffusionGemma, prompt: Any) -> None:
     with pytest.raises(InputError, match=r"image.* not supported yet"):
-        model.generate(prompt)
+        model.generate(prompt, markup=True)
+
+
+def test_the_marker_of_an_image_is_text_unless_markup_is_read(model: DiffusionGemma) -> None:
+    for prompt in ("<|image|>What is this?", [{"role": "user", "content": "<|image|>What is this?"}]):
+        assert model.generate(prompt, seed=0, max_new_tokens=1).statistics.new_tokens == 1
+    token = model.tokenizer.token_id("<|image|>")
+    for raw in (False, True):
+        assert token not in model.prompt_ids("<|image|>What is this?", raw=raw)
+        with pytest.raises(InputError, match="the prompt holds an image, and images are not supported yet"):
+            model.prompt_ids("<|image|>What is this?", raw=raw, markup=True)
+    with pytest.raises(InputError, match="the prompt holds an image"):
+        model.generate([token])
 
 
 @pytest.mark.parametrize("prompt", ["", " ", [], [VOCAB_SIZE], [-1], [2**31], [2**40], [[]], [{}], [{"role": "user"}]])
@@ -316,7 +328,14 @@ def test_seeds_of_the_wrong_form(model: DiffusionGemma, seed: Any) -> None:
 
 def test_options_of_the_wrong_form(model: DiffusionGemma) -> None:
     for options, expected in (
-        ({"heat": 1.0}, "unknown generation option 'heat'; known are max_new_tokens"),
+        ({"heat": 1.0}, r"unknown option 'heat'; known are max_new_tokens, max_denoising_steps, .*, canvas_length$"),
+        ({"max_new_token": 1}, r"unknown option 'max_new_token'; did you mean max_new_tokens\?$"),
+        ({"tmax": 1.0}, r"unknown option 'tmax'; did you mean t_max\?$"),
+        ({"heat": None}, "unknown option 'heat'"),
+        ({"top_k": 5}, "top_k belongs to the causal mode; leave it out, or change the mode"),
+        ({"mode": "causal", "t_max": 0.5}, "t_max belongs to the diffusion mode; leave it out, or change the mode"),
+        ({"mode": "causal", "topk": 5}, r"unknown option 'topk'; did you mean top_k\?$"),
+        ({"mode": "sideways"}, "unknown mode 'sideways'; known are diffusion and causal"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
         ({"t_max": "0.5"}, "t_max must be a finite number"),

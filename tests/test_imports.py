@@ -14,11 +14,11 @@ HEAVY = ("mlx", "torch", "transformers", "tokenizers", "huggingface_hub")
 LOAD_AND_RUN = """
 import numpy as np
 from mlx_diffgemma import GenerationConfig, load
-from mlx_diffgemma.sampler import block_diffusion
+from mlx_diffgemma.sampler import Text, block_diffusion
 model = load({folder!r}, backend={name!r})
 # The sampler, and not the pipeline: transformers, which the tokenizer needs, imports torch wherever that is installed.
-events = list(block_diffusion(model.backend, np.array([[3, 4]], np.int32), GenerationConfig(max_new_tokens=3), seed=0))
-assert events[-1].tokens.shape == (1, 4)
+events = list(block_diffusion(model.backend, Text(np.array([3, 4], np.int32)), GenerationConfig(max_new_tokens=3)))
+assert events[-1].tokens.shape == (4,)
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import NAMES, load_backend
+from mlx_diffgemma.backends import NAMES, Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import FORMATS as MODES
 from mlx_diffgemma.checkpoint import PARTS, Checkpoint, Quantization, graph_name
 from mlx_diffgemma.cli import main
@@ -47,11 +48,15 @@ def inputs() -> tuple[NDArray[np.int32], ...]:
 def ours(folder: Path, name: str) -> Answers:
     backend = load_backend(Checkpoint.open(folder), name, device="cpu", dtype="float32")
     prompt, first, second = inputs()
-    cache = backend.new_cache(len(prompt))
-    causal = backend.logits(prompt, cache, causal=True)
-    signal = backend.denoise(first, cache, temperature=TEMPERATURE).self_conditioning
-    conditioned = backend.logits(second, cache, self_conditioning=signal)
-    return {"causal": causal, "first step": backend.logits(first, cache), "second step": conditioned}
+    caches = [backend.new_cache() for _ in prompt]
+    causal = backend.logits([Piece(tokens, cache) for tokens, cache in zip(prompt, caches, strict=True)])
+    rows = [Row(canvas, cache, TEMPERATURE) for canvas, cache in zip(first, caches, strict=True)]
+    signals = [answer.self_conditioning for answer in backend.denoise(rows)]
+    later = [
+        replace(row, canvas=canvas, self_conditioning=signal) for row, canvas, signal in zip(rows, second, signals, strict=True)
+    ]
+    answers = {"causal": causal, "first step": backend.logits(rows), "second step": backend.logits(later)}
+    return {name: np.stack(logits) for name, logits in answers.items()}
 
 
 def transformers(folder: Path) -> Answers:

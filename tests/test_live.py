@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from mlx_diffgemma.cli.live import SETTLED, TAKEN_BACK, UNSETTLED, LiveView, Settling, live_console, pieces, printable
-from mlx_diffgemma.pipeline import Generation, Statistics
+from mlx_diffgemma.cli.live import (
+    SETTLED,
+    TAKEN_BACK,
+    UNSETTLED,
+    LiveView,
+    Settling,
+    live_console,
+    pieces,
+    printable,
+)
 from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.writing import Content, Generation, Statistics
 from support.screen import Screen
 
 DIM, TAKEN = "2", "4;33"  # SGR parameters of unsettled text, and of text that was taken back
@@ -45,15 +54,21 @@ def byte_decode(ids: Sequence[int], *, final: bool = True) -> str:
 
 
 def draft(step: int, tokens: Sequence[int], accepted: ArrayLike = (), block: int = 0) -> Draft:
-    """One row; ``accepted`` lists positions, whose entropy is 0 where the others' is 2."""
-    mask = np.isin(np.arange(len(tokens)), accepted)[None]
-    argmax, on = np.array([tokens], np.int32), np.ones(1, bool)
+    """``accepted`` lists positions, whose entropy is 0 where the others' is 2."""
+    mask = np.isin(np.arange(len(tokens)), accepted)
+    argmax = np.array(tokens, np.int32)
     entropy = np.where(mask, 0.0, 2.0).astype(np.float32)
-    return Draft(block, step, 0.7, argmax, argmax, entropy, mask, on, ~on, 0.1)
+    return Draft(block, step, 0.7, argmax, argmax, entropy, mask, False, 0.1)
 
 
 def block(index: int, tokens: Sequence[int], steps: int = 1) -> Block:
-    return Block(index, np.array([tokens], np.int32), np.array([steps]), np.zeros(1, bool), 0.1, 0.1)
+    return Block(index, np.array(tokens, np.int32), steps, False, 0.1, 0.1)
+
+
+def commit(show: LiveView, index: int, tokens: Sequence[int]) -> None:
+    """Show a block, and the text that is certain with it, as a model's stream has them."""
+    show(block(index, tokens))
+    show(Content(decode(tokens)))
 
 
 def generation(tokens: Sequence[int]) -> Generation:
@@ -109,12 +124,12 @@ def test_finished_text_stays_and_the_canvas_goes() -> None:
     with view(screen) as show:
         show(draft(1, [0, 1, 5, 2]))
         status = screen.lines[-1]
-        show(block(0, [0, 1, 5, 2]))
+        commit(show, 0, [0, 1, 5, 2])
         assert screen.lines == ["The sky", "is", status], "the unfinished line is not shown"
         show(draft(1, [3, 4, 4, END], block=1))
         assert screen.lines[:2] == ["The sky", "is blue.."]
         assert screen.cursor_hidden
-        show(block(1, [3, 4, END, END]))
+        commit(show, 1, [3, 4, END, END])
         show(generation([0, 1, 5, 2, 3, 4]))
         assert screen.lines == ["The sky", "is blue."]
     assert screen.lines == ["The sky", "is blue."]
@@ -123,10 +138,14 @@ def test_finished_text_stays_and_the_canvas_goes() -> None:
     assert screen.wraps
 
 
-def test_text_is_cut_at_max_new_tokens() -> None:
+def test_only_what_is_certain_is_shown_and_only_tokens_before_the_limit_count() -> None:
     screen = Screen(80, 24)
     with view(screen, max_new_tokens=2) as show:
+        show(draft(1, [0, 1, 5, 2, 5]))
         show(block(0, [0, 1, 5, 2, 5]))
+        show(Content("The sky "))
+        show(draft(1, [3, 3, 3, 3, 3], block=1))
+        assert screen.lines[-1].endswith("tokens per forward 1.0"), "two tokens in two steps"
         show(generation([0, 1]))
     assert screen.lines == ["The sky"]
 
@@ -150,7 +169,7 @@ def test_any_text_on_any_terminal(size: tuple[int, int]) -> None:
                 assert max(map(len, screen.rows)) <= size[0]
             written = rng.integers(0, len(WORDS), 24).tolist()
             tokens += written
-            show(block(index, written))
+            commit(show, index, written)
         show(generation(tokens))
     # The screen answers a tab with blanks, and so blanks do not count here.
     expected = ["".join(line.split()) for line in printable(decode(tokens)).rstrip().split("\n")]
@@ -176,7 +195,7 @@ def test_tabs_reach_their_stops_and_count_in_the_width() -> None:
 def test_a_low_screen_shows_the_head_of_the_canvas() -> None:
     screen = Screen(20, 5)
     with view(screen) as show:
-        show(block(0, [0, 1, 2, 3] * 6))  # 90 cells: more than a screen of unfinished line
+        commit(show, 0, [0, 1, 2, 3] * 6)  # 90 cells: more than a screen of unfinished line
         show(draft(1, [4, 5] * 8, block=1))
         assert screen.lines[:4] == ["ky is blue.", ".", ".", "... 6 more rows"]
         assert len(screen.rows) == 5, "the screen has scrolled"
@@ -187,7 +206,7 @@ def test_resizing_leaves_nothing_behind() -> None:
     show = view(screen)
     tokens = [0, 1, 2, 3] * 8
     with show:
-        show(block(0, [0, 5]))
+        commit(show, 0, [0, 5])
         for width, height in ((60, 20), (25, 20), (50, 20), (11, 20), (60, 20)):
             screen.resize(width, height, show.console)
             show(draft(1, tokens, block=1))
@@ -212,7 +231,7 @@ def test_escape_sequences_are_shown_as_text() -> None:
     with view(screen) as show:
         show(draft(1, tokens))
         assert screen.lines[0] == "The ␛[2J\ufffd31m␍␇"
-        show(block(0, tokens))
+        commit(show, 0, tokens)
         show(generation(tokens))
     assert screen.lines == ["The ␛[2J\ufffd31m␍␇"]
 
@@ -239,7 +258,8 @@ def test_an_unfinished_character_at_the_end_is_shown() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted(error: type[BaseException]) -> None:
     screen = Screen(80, 24)
-    events = [draft(1, [0, 1, 5, 2]), block(0, [0, 1, 5, 2, 11]), draft(1, [3, 3, 3, 3], block=1)]
+    tokens = [0, 1, 5, 2, 11]
+    events = [draft(1, [0, 1, 5, 2]), block(0, tokens), Content(decode(tokens)), draft(1, [3, 3, 3, 3], block=1)]
 
     def run() -> None:
         with view(screen) as show:

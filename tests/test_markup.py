@@ -6,17 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma.chat.markup import MARKERS, Content, Part, Reasoning, ReplyParser, ToolCall
+from mlx_diffgemma.chat.markup import ReplyParser
+from mlx_diffgemma.prompts import MARKERS
 from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.writing import Content, Part, Reasoning, ToolCall
 from support.tiny_tokenizer import CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 USER = {"role": "user", "content": "Why?"}
-OPEN_THOUGHT = "<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>response:f{}<tool_response|><|channel>thought\n"
+#: What a prompt holds of a thought that it opens.
+OPENED = "thought\n"
 PARIS = ToolCall("get_weather", {"city": "Paris"})
 CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
 NESTED = "[" * 99 + "]" * 99
 
-#: name: (text of the reply, its parts), or with a prompt before them.
+#: name: (text of the reply, its parts), or with what the prompt holds of a thought before them.
 REPLIES: dict[str, tuple] = {
     "nothing": ("", []),
     "white space": (" \n", []),
@@ -35,13 +38,13 @@ REPLIES: dict[str, tuple] = {
     "another channel": ("<|channel>thorough\nHm<channel|>Yes", [Reasoning("thorough\nHm"), Content("Yes")]),
     "two thoughts": ("<|channel>thought\na\n<channel|>\n<|channel>thought\nb\n<channel|>c", [Reasoning("ab"), Content("c")]),
     "a thought within one": ("<|channel>thought\na\n<|channel>thought\nb\n<channel|>c", [Reasoning("ab"), Content("c")]),
-    "open thought": ("Hm.\n<channel|>\nYes", [Reasoning("Hm."), Content("Yes")], OPEN_THOUGHT),
-    "open thought, empty": ("<channel|>Yes", [Content("Yes")], OPEN_THOUGHT),
-    "open thought, unclosed": ("Hm.", [Reasoning("Hm.")], OPEN_THOUGHT),
-    "open thought, some of it in the prompt": ("m.\n<channel|>Yes", [Reasoning("m."), Content("Yes")], OPEN_THOUGHT + "H"),
-    "open thought, heading cut": ("ght\nHm<channel|>", [Reasoning("Hm")], OPEN_THOUGHT[:-4]),
-    "closed thought in the prompt": ("Yes", [Content("Yes")], "<|channel>thought\nHm\n<channel|>"),
-    "a user's open thought": ("Yes", [Content("Yes")], "<|turn>user\n<|channel>thought\n<turn|>\n<|turn>model\n"),
+    "open thought": ("Hm.\n<channel|>\nYes", [Reasoning("Hm."), Content("Yes")], OPENED),
+    "open thought, empty": ("<channel|>Yes", [Content("Yes")], OPENED),
+    "open thought, unclosed": ("Hm.", [Reasoning("Hm.")], OPENED),
+    "open thought, some of it in the prompt": ("m.\n<channel|>Yes", [Reasoning("m."), Content("Yes")], OPENED + "H"),
+    "open thought, heading cut": ("ght\nHm<channel|>", [Reasoning("Hm")], OPENED[:-4]),
+    "open thought without a heading": ("thought\nHm<channel|>", [Reasoning("Hm")], ""),
+    "open thought of another name": ("Hm<channel|>", [Reasoning("Hm")], "plan\n"),
     "call": (CALL, [PARIS]),
     "thought, call": (f"<|channel>thought\nHm.\n<channel|>\n{CALL}", [Reasoning("Hm."), PARIS]),
     "calls": (f"{CALL}\n<|tool_call>call:now{{}}<tool_call|> {CALL}\n", [PARIS, ToolCall("now", {}), PARIS]),
@@ -126,8 +129,8 @@ def merged(parts: list[Part]) -> list[Part]:
     return result
 
 
-def parse(pieces: list[str], prompt: str = "") -> list[Part]:
-    parser = ReplyParser(prompt)
+def parse(pieces: list[str], thought: str | None = None) -> list[Part]:
+    parser = ReplyParser(thought)
     parts = [part for piece in pieces for part in parser.feed(piece)] + parser.close()
     assert parser.feed("more") + parser.close() == []
     assert all(isinstance(part, ToolCall) or part.text for part in parts), f"an empty part in {parts}"
@@ -144,11 +147,11 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_parts_of_a_reply_cut_anywhere(name):
-    text, expected, prompt = (*REPLIES[name], "")[:3]
-    assert parse([text], prompt) == expected
-    assert parse(list(text), prompt) == expected
+    text, expected, thought = (*REPLIES[name], None)[:3]
+    assert parse([text], thought) == expected
+    assert parse(list(text), thought) == expected
     for place in range(min(len(text), 300)):
-        assert parse(cut(text, [place]), prompt) == expected, f"cut at {place}"
+        assert parse(cut(text, [place]), thought) == expected, f"cut at {place}"
 
 
 def test_parts_come_as_early_as_they_are_certain():
@@ -224,7 +227,7 @@ def test_what_the_template_writes_is_read_and_written_again(tokenizer, reasoning
     shown = called or tokenizer.render([USER, message_of([Reasoning("a")])], add_generation_prompt=False).count("<|channel>")
     expected = [part for part in written if isinstance(part, ToolCall) or (part.text and (shown or isinstance(part, Content)))]
 
-    parts = parse(cut(whole.removeprefix(prompt), places), prompt)
+    parts = parse(cut(whole.removeprefix(prompt), places), tokenizer.opened_thought(tokenizer.encode(prompt, markup=True)))
     as_json = [json.dumps(message_of(some), sort_keys=True) for some in (parts, expected)]  # tells 1, 1.0 and True apart
     assert as_json[0] == as_json[1]
     assert [type(part) for part in parts] == [type(part) for part in expected]
@@ -235,12 +238,15 @@ def test_a_prompt_that_ends_in_an_open_thought(tokenizer):
     call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": {}}}
     answered = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "<|channel>"}]
     prompt = tokenizer.render(answered, enable_thinking=True)
+    thought = tokenizer.opened_thought(tokenizer.chat(answered, enable_thinking=True))
     if prompt.endswith("<|channel>thought\n"):
-        assert parse(["Noon.\n<channel|>It is noon."], prompt) == [Reasoning("Noon."), Content("It is noon.")]
+        assert thought == OPENED
+        assert parse(["Noon.\n<channel|>It is noon."], thought) == [Reasoning("Noon."), Content("It is noon.")]
     else:  # the older template has the model open it
         assert prompt.endswith("<tool_response|>")
+        assert thought is None
         text = "<|channel>thought\nNoon.\n<channel|>It is noon."
-        assert parse([text], prompt) == [Reasoning("Noon."), Content("It is noon.")]
+        assert parse([text], thought) == [Reasoning("Noon."), Content("It is noon.")]
 
 
 # --- any markup
@@ -269,11 +275,11 @@ fragments = [
 anything = st.lists(st.sampled_from([*MARKERS, *fragments, *(marker[:5] for marker in MARKERS)]), max_size=25).map("".join)
 
 
-@given(text=anything, prompt=st.sampled_from(["", OPEN_THOUGHT]), places=places)
+@given(text=anything, thought=st.sampled_from([None, "", "thou", OPENED, "thought\nHm"]), places=places)
 @settings(max_examples=1500, deadline=None)
-def test_no_markup_breaks_the_parser_or_leaks(text, prompt, places):
-    parts = parse([text], prompt)
-    assert parse(cut(text, places), prompt) == parts
+def test_no_markup_breaks_the_parser_or_leaks(text, thought, places):
+    parts = parse([text], thought)
+    assert parse(cut(text, places), thought) == parts
     json.dumps([part.arguments for part in parts if isinstance(part, ToolCall)], allow_nan=False)
 
 

@@ -2,42 +2,50 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, load_backend
+from mlx_diffgemma.backends import Backend, Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from support.comparing import assert_close
 from support.reference import REAL_VOCABULARY, make_checkpoint
 
 WORDS = 2**32
+STATISTICS = ("argmax", "sampled", "entropy")
 
 
 def test_check_values() -> None:
     assert noise.key(0, 1, 0, 0) == 0x74C79E4F
     assert noise.key(12345678901234567890, 2, 3, 7) == 0x025CA280
-    assert noise.canvas_tokens([0], 0, 0, 4, 262_144).tolist() == [[219303, 27114, 188482, 239081]]
+    assert noise.canvas_tokens(0, 0, 0, 4, 262_144).tolist() == [219303, 27114, 188482, 239081]
     bits = noise.bits(noise.key(0, 2, 0, 1), np.arange(2, dtype=np.uint32))
     assert bits.tolist() == [0x5C3E644F, 0x5D1E2D8B]
     assert noise.mix(np.arange(3, dtype=np.uint32) ^ bits[1]).tolist() == [0x7F0ECB34, 0x78E9916D, 0x21CA3F07]
-    assert noise.sampling_keys([0], 0, 1).tolist() == [noise.key(0, 2, 0, 1)]
+    assert noise.sampling_key(0, 0, 1) == noise.key(0, 2, 0, 1)
+    assert noise.causal_key(0, 7) == noise.key(0, 3, 7, 0)
 
 
-def test_rows_do_not_know_of_each_other() -> None:
+def test_seeds_differ_in_either_half() -> None:
     seeds = [0, 1, 2**32, 2**64 - 1]
-    together = noise.canvas_tokens(seeds, 2, 5, 33, 331)
-    assert together.dtype == np.int32
-    assert len(np.unique(together, axis=0)) == len(seeds), "two seeds give one canvas"
-    for row, seed in enumerate(seeds):
-        assert (together[row] == noise.canvas_tokens([seed], 2, 5, 33, 331)).all()
+    canvases = np.stack([noise.canvas_tokens(seed, 2, 5, 33, 331) for seed in seeds])
+    assert canvases.dtype == np.int32
+    assert len(np.unique(canvases, axis=0)) == len(seeds), "two seeds give one canvas"
+    assert len({noise.sampling_key(seed, 0, 1) for seed in seeds}) == len(seeds), "two seeds give one key"
+
+
+def test_a_position_does_not_know_of_those_behind_it() -> None:
+    whole = noise.canvas_tokens(4, 2, 5, 33, 331)
+    for length in (1, 2, 32):
+        np.testing.assert_array_equal(noise.canvas_tokens(4, 2, 5, length, 331), whole[:length])
 
 
 @pytest.mark.parametrize("vocab_size", [96, 331, 262_144])
 def test_canvas_tokens_are_uniform(vocab_size: int) -> None:
-    tokens = noise.canvas_tokens(range(200), 1, 3, 256, vocab_size)
+    tokens = np.stack([noise.canvas_tokens(seed, 1, 3, 256, vocab_size) for seed in range(200)])
     assert tokens.min() >= 0
     assert tokens.max() < vocab_size
     bins = 64
@@ -63,7 +71,7 @@ def test_every_bit_is_fair_and_changes_with_every_input() -> None:
 
 
 def test_gumbel_moments_and_draws() -> None:
-    keys = noise.sampling_keys(range(4000), 0, 1)
+    keys = np.array([noise.sampling_key(seed, 0, 1) for seed in range(4000)], np.uint32)
     gumbel = noise.gumbel(keys[:, None], np.uint32(0), np.arange(64, dtype=np.uint32)).astype(np.float64)
     spread = math.sqrt(gumbel.size)
     assert abs(gumbel.mean() - np.euler_gamma) < 5 * math.pi / math.sqrt(6) / spread
@@ -101,15 +109,15 @@ def gumbel_on_device(backend_name: str, words: NDArray[np.uint32]) -> NDArray[np
     if backend_name == "torch":
         import torch
 
-        from mlx_diffgemma.backends.torch import step as torch_step
+        from mlx_diffgemma.backends.torch import noise as torch_noise
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch_step.gumbel(torch.from_numpy(words.view(np.int32)).to(device)).cpu().numpy()
+        return torch_noise.gumbel(torch.from_numpy(words.view(np.int32)).to(device)).cpu().numpy()
     import mlx.core as mx
 
-    from mlx_diffgemma.backends.mlx import step as mlx_step
+    from mlx_diffgemma.backends.mlx import noise as mlx_noise
 
-    return np.array(mlx_step.gumbel(mx.array(words)))
+    return np.array(mlx_noise.gumbel(mx.array(words)))
 
 
 def test_device_noise_reaches_to_both_ends(backend_name: str) -> None:
@@ -132,12 +140,13 @@ def real_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 def test_denoise_over_the_real_vocabulary(real_vocabulary: Callable[[str], Backend], backend_name: str) -> None:
-    ours, rows = real_vocabulary(backend_name), 2
-    canvas = noise.canvas_tokens(range(rows), 0, 0, ours.config.canvas_length, ours.config.vocab_size)
-    cache = ours.new_cache(rows)
-    ours.encode(canvas[:, :3], cache)
-    logits = ours.logits(canvas, cache).astype(np.float64)
-    positions = np.arange(canvas.shape[1], dtype=np.uint32)[:, None]
+    ours, seeds = real_vocabulary(backend_name), (7, 2**40)
+    canvases = [noise.canvas_tokens(seed, 0, 0, ours.config.canvas_length, ours.config.vocab_size) for seed in range(2)]
+    caches = [ours.new_cache() for _ in canvases]
+    ours.encode([Piece(canvas[: 3 + index], cache) for index, (canvas, cache) in enumerate(zip(canvases, caches, strict=True))])
+    rows = [Row(canvas, cache, 1.0) for canvas, cache in zip(canvases, caches, strict=True)]
+    logits = np.stack(ours.logits(rows)).astype(np.float64)
+    positions = np.arange(logits.shape[1], dtype=np.uint32)[:, None]
     tokens = np.arange(ours.config.vocab_size, dtype=np.uint32)
     farthest = 0.0
     # from nearly certain (0.4 nats) to nearly uniform (12.476 of 12.477 nats)
@@ -147,16 +156,18 @@ def test_denoise_over_the_real_vocabulary(real_vocabulary: Callable[[str], Backe
         weights = np.exp(shifted)
         entropy = np.log(weights.sum(axis=-1)) - (weights * shifted).sum(axis=-1) / weights.sum(axis=-1)
         for step in (1, 2, 3):
-            keys = noise.sampling_keys([7, 2**40], 1, step)
-            result = ours.denoise(canvas, cache, temperature=temperature, noise_keys=keys)
+            keys = [noise.sampling_key(seed, 1, step) for seed in seeds]
+            given = [replace(row, temperature=temperature, noise_key=key) for row, key in zip(rows, keys, strict=True)]
+            answers = ours.denoise(given)
+            argmax, sampled, found = (np.stack([getattr(answer, name) for answer in answers]) for name in STATISTICS)
             case = f"{backend_name}, temperature {temperature}, step {step}"
-            assert_close(result.entropy, entropy, 1e-4, f"{case}, entropy from {entropy.min():.3f} to {entropy.max():.3f}")
-            assert (result.argmax == logits.argmax(axis=-1)).all(), f"{case}: argmax"
-            perturbed = scores + noise.gumbel(keys[:, None, None], positions, tokens)
+            assert_close(found, entropy, 1e-4, f"{case}, entropy from {entropy.min():.3f} to {entropy.max():.3f}")
+            assert (argmax == logits.argmax(axis=-1)).all(), f"{case}: argmax"
+            perturbed = scores + noise.gumbel(np.array(keys, np.uint32)[:, None, None], positions, tokens)
             # a draw may differ only where two tokens tie to float32 rounding
-            drawn = np.take_along_axis(perturbed, result.sampled[..., None], axis=-1)[..., 0]
+            drawn = np.take_along_axis(perturbed, sampled[..., None], axis=-1)[..., 0]
             assert_close(drawn, perturbed.max(axis=-1), 1e-4, f"{case}, perturbed logit of the draw")
-            farthest = max(farthest, -np.take_along_axis(shifted, result.sampled[..., None], axis=-1).min())
+            farthest = max(farthest, -np.take_along_axis(shifted, sampled[..., None], axis=-1).min())
     assert farthest > 9, f"no draw lies further than {farthest:.1f} below the likeliest token: the noise's tail is untried"
 
 
@@ -164,17 +175,26 @@ def test_without_keys_nothing_is_drawn_and_frozen_positions_answer_themselves(
     backend: Callable[..., Backend], backend_name: str
 ) -> None:
     ours = backend(backend_name, "base")
-    canvas = noise.canvas_tokens([1, 2], 0, 0, ours.config.canvas_length, ours.config.vocab_size)
-    cache = ours.new_cache(2)
-    ours.encode(canvas[:, :5], cache)
-    plain = ours.denoise(canvas, cache, temperature=0.7)
-    assert (plain.sampled == plain.argmax).all()
-    frozen = np.full(canvas.shape[1], -1, np.int32)
+    canvases = [noise.canvas_tokens(seed, 0, 0, ours.config.canvas_length, ours.config.vocab_size) for seed in (1, 2)]
+    caches = [ours.new_cache() for _ in canvases]
+    ours.encode([Piece(canvas[:5], cache) for canvas, cache in zip(canvases, caches, strict=True)])
+    rows = [Row(canvas, cache, 0.7) for canvas, cache in zip(canvases, caches, strict=True)]
+    plain = ours.denoise(rows)
+    for answer in plain:
+        assert (answer.sampled == answer.argmax).all()
+    frozen = np.full(ours.config.canvas_length, -1, np.int32)
     frozen[[0, 5]] = 0, 77
     free = frozen < 0
-    result = ours.denoise(canvas, cache, temperature=0.7, noise_keys=noise.sampling_keys([1, 2], 0, 1), frozen=frozen)
-    for name in ("argmax", "sampled"):
-        assert (getattr(result, name)[:, ~free] == frozen[~free]).all(), name
-    assert not result.entropy[:, ~free].any()
-    assert_close(result.entropy[:, free], plain.entropy[:, free], 1e-6, f"{backend_name}: entropy of free positions")
-    assert (result.argmax[:, free] == plain.argmax[:, free]).all()
+    keys = [noise.sampling_key(seed, 0, 1) for seed in (1, 2)]
+    given = [replace(row, noise_key=key, frozen=frozen) for row, key in zip(rows, keys, strict=True)]
+    for result, unpinned in zip(ours.denoise(given), plain, strict=True):
+        for name in ("argmax", "sampled"):
+            assert (getattr(result, name)[~free] == frozen[~free]).all(), name
+        assert not result.entropy[~free].any()
+        assert_close(result.entropy[free], unpinned.entropy[free], 1e-6, f"{backend_name}: entropy of free positions")
+        assert (result.argmax[free] == unpinned.argmax[free]).all()
+    # Beside one that draws and one that is frozen, a row that is neither answers as it did.
+    first, second = ours.denoise([given[0], rows[1]])
+    assert (first.argmax[~free] == frozen[~free]).all()
+    assert (second.sampled == plain[1].sampled).all()
+    assert (second.argmax == plain[1].argmax).all()

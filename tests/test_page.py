@@ -188,7 +188,8 @@ def server() -> Iterator[str]:
 
     from mlx_diffgemma import load
     from mlx_diffgemma.scheduler.engine import Engine
-    from mlx_diffgemma.server.app import Settings, create_app
+    from mlx_diffgemma.server.app import create_app
+    from mlx_diffgemma.server.settings import Settings
 
     engine = Engine(load("sudoku", backend=BACKENDS[0]))
     engine.start()

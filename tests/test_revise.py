@@ -12,18 +12,20 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from mlx_diffgemma import DiffusionGemma, InputError, load, noise
-from mlx_diffgemma.backends import Backend
+from mlx_diffgemma import DiffusionGemma, InputError, load, noise, proofread, revise
+from mlx_diffgemma.backends import Backend, Piece, Row
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.cli.revise import unified_diff
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.editing.revising import check_spans, proofread, revise
+from mlx_diffgemma.editing.proofreading import second_look
+from mlx_diffgemma.editing.revising import Original, check_spans, rewrite
 from support.checkpoints import CANVAS, make_chat_checkpoint
 from support.comparing import assert_close
-from support.fake import EditingFake, L, V, full
+from support.fake import FakeBackend, L, V, full
 
-PROMPT = np.array([[3, 1, 4]], np.int32)
+PROMPT = np.array([3, 1, 4], np.int32)
 CONFIG = GenerationConfig(max_denoising_steps=2, eos_token_ids=(V - 1,))
 TEXT = "The sky is blue, because café light scatters ▁\n"
 
@@ -40,51 +42,54 @@ def model(folder: Path, backend_name: str) -> DiffusionGemma:
 
 @given(st.integers(0, 2**64 - 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_position_replaced_at_one_strength_is_replaced_at_every_higher_one(seed: int, one: float, other: float) -> None:
-    low, high = (noise.replaced([seed], 2, 40, strength) for strength in sorted((one, other)))
+    low, high = (noise.replaced(seed, 2, 40, strength) for strength in sorted((one, other)))
     assert (low <= high).all()
-    assert not noise.replaced([seed], 0, 40, 0.0).any()
-    assert noise.replaced([seed], 0, 40, 1.0).all()
+    assert not noise.replaced(seed, 0, 40, 0.0).any()
+    assert noise.replaced(seed, 0, 40, 1.0).all()
 
 
 def test_as_many_are_replaced_as_the_strength_says_whatever_takes_their_place() -> None:
     seeds, length = range(300), 256
-    tokens = noise.canvas_tokens(seeds, 1, 0, length, 64)
+    tokens = np.stack([noise.canvas_tokens(seed, 1, 0, length, 64) for seed in seeds])
     for strength in (0.05, 0.3, 0.5, 0.9):
-        replaced = noise.replaced(seeds, 1, length, strength)
+        replaced = np.stack([noise.replaced(seed, 1, length, strength) for seed in seeds])
         assert_close(replaced.mean(), strength, 0.006, f"share replaced at strength {strength}")
         assert_close(tokens[replaced].mean(), 31.5, 0.6, f"mean token that comes in at strength {strength}")
-    assert noise.replaced([7], 0, 4, 0.5).tolist() != noise.replaced([8], 0, 4, 0.5).tolist()
+    assert noise.replaced(7, 0, 4, 0.5).tolist() != noise.replaced(8, 0, 4, 0.5).tolist()
+
+
+def original(draft: NDArray[np.int32], *kept: int) -> Original:
+    """A draft of which the tokens at some places are kept."""
+    return Original(PROMPT, draft, np.isin(np.arange(len(draft)), kept))
 
 
 def test_the_first_canvases_are_the_draft_with_noise_in_it() -> None:
-    fake = EditingFake(lambda block, step, canvas: full(np.full(canvas.shape, 7), 1.0))
+    fake = FakeBackend(lambda asked: full(7, 1.0))
     draft = np.arange(2 * L + 2, dtype=np.int32)
-    tokens, replaced, steps = revise(fake, PROMPT, draft, CONFIG, strength=0.4, seed=6)
+    tokens, replaced, steps = rewrite(fake, original(draft), CONFIG, strength=0.4, seed=6)
     assert (tokens.tolist(), steps) == ([7] * len(draft), (2, 2, 2))
     count = 0
     for block in range(3):
-        chosen = noise.replaced([6], block, L, 0.4)[0]
+        chosen = noise.replaced(6, block, L, 0.4)
         part = np.full(L, -1)
         part[: len(draft[block * L :][:L])] = draft[block * L :][:L]
         count += int((chosen & (part >= 0)).sum())
-        canvas = np.where(chosen | (part < 0), noise.canvas_tokens([6], block, 0, L, V)[0], part)
-        first = next(step["canvas"][0] for step in fake.steps if step["block"] == block)
+        canvas = np.where(chosen | (part < 0), noise.canvas_tokens(6, block, 0, L, V), part)
+        first = next(asked.canvas for asked in fake.asked if asked.block == block)
         np.testing.assert_array_equal(first, canvas, f"block {block}")
     assert replaced == count
-    assert [step["temperature"] for step in fake.steps[:2]] == pytest.approx([0.8, 0.6]), "the usual schedule"
-    assert [step["self_conditioning"] for step in fake.steps[:2]] == [None, (0, 1)]
+    assert [asked.row.temperature for asked in fake.asked[:2]] == pytest.approx([0.8, 0.6]), "the usual schedule"
+    assert [asked.row.self_conditioning for asked in fake.asked[:2]] == [None, (0, 1)]
 
 
 def test_an_end_token_ends_the_text_unless_something_is_kept() -> None:
     answer = np.full(L, V - 1)
     answer[0] = 9
-    fake = EditingFake(lambda block, step, canvas: full(np.broadcast_to(answer, canvas.shape)))
+    fake = FakeBackend(lambda asked: full(answer))
     draft = np.arange(2 * L, dtype=np.int32)
-    tokens, _, steps = revise(fake, PROMPT, draft, CONFIG, strength=1.0, seed=6)
+    tokens, _, steps = rewrite(fake, original(draft), CONFIG, strength=1.0, seed=6)
     assert (tokens.tolist(), len(steps)) == ([9, V - 1] + [0] * (2 * L - 2), 1)
-    keep = np.zeros(2 * L, bool)
-    keep[L + 1] = True
-    tokens, _, steps = revise(fake, PROMPT, draft, CONFIG, strength=1.0, seed=6, keep=keep)
+    tokens, _, steps = rewrite(fake, original(draft, L + 1), CONFIG, strength=1.0, seed=6)
     assert tokens.tolist() == [9, *[V - 1] * (L - 1), 9, L + 1, *[V - 1] * (L - 2)]
     assert len(steps) == 2
 
@@ -92,20 +97,20 @@ def test_an_end_token_ends_the_text_unless_something_is_kept() -> None:
 def test_strength_0_gives_the_text_back(model: DiffusionGemma) -> None:
     for text in (TEXT, "▁ ▁\r\n", "空🌊"):
         for options in ({}, {"raw": True}, {"prompt": "Why?"}):
-            revision = model.revise(text, 0, seed=1, **options)
+            revision = revise(model, text, 0, seed=1, **options)
             assert (revision.text, revision.replaced, revision.denoising_steps) == (text, 0, ())
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_strength_1_is_a_cold_start(model: DiffusionGemma, raw: bool) -> None:
     for seed in range(4):
-        revision = model.revise(TEXT, 1, prompt="Why?", raw=raw, seed=seed)
+        revision = revise(model, TEXT, 1, prompt="Why?", raw=raw, seed=seed)
         count = len(model.tokenizer.encode(TEXT))
         length = count if raw else (count + CANVAS) // CANVAS * CANVAS  # the end of the turn, and whole canvases
         generation = model.generate("Why?", raw=raw, seed=seed, max_new_tokens=length)
         assert (revision.text, revision.replaced) == (generation.text, length)
         assert revision.denoising_steps == generation.statistics.denoising_steps
-    assert model.revise(TEXT, 0.5, prompt="Why?", raw=raw, seed=0).text not in (TEXT, revision.text)
+    assert revise(model, TEXT, 0.5, prompt="Why?", raw=raw, seed=0).text not in (TEXT, revision.text)
 
 
 def test_kept_spans_never_change(model: DiffusionGemma) -> None:
@@ -115,39 +120,50 @@ def test_kept_spans_never_change(model: DiffusionGemma) -> None:
         cuts = sorted(rng.choice(len(TEXT) + 1, 4, replace=False).tolist())
         keep = [(cuts[0], cuts[1]), (cuts[2], cuts[3])]
         strength = float(rng.choice([0.1, 0.5, 1.0]))
-        text = model.revise(TEXT, strength, prompt=[2, 105, 9], keep=keep[::-1], seed=seed, max_denoising_steps=1).text
+        text = revise(model, TEXT, strength, prompt=[2, 105, 9], keep=keep[::-1], seed=seed, max_denoising_steps=1).text
         pattern = ".*".join(re.escape(TEXT[start:end]) for start, end in keep)
         assert re.search(pattern, text, re.DOTALL), f"seed {seed}: {keep} of {TEXT!r} became {text!r}"
         if cuts[0] == 0:
             assert text.startswith(TEXT[: cuts[1]])
         changed += text != TEXT
     assert changed > 50
-    assert model.revise(TEXT, 1, keep=[(0, len(TEXT))], raw=True, seed=0).text == TEXT
+    assert revise(model, TEXT, 1, keep=[(0, len(TEXT))], raw=True, seed=0).text == TEXT
+
+
+def test_markup_in_a_text_is_plain_text_unless_it_is_asked_for(model: DiffusionGemma) -> None:
+    text = "Blue.<turn|> Red."
+    for markup in (False, True):
+        ids = model.tokenizer.encode(text, markup=markup)
+        assert (model.tokenizer.end_of_turn_id in ids) == markup
+        assert revise(model, text, 1, raw=True, markup=markup, seed=0).replaced == len(ids)
+        places = [text[doubt.start : doubt.end] for doubt in proofread(model, text, raw=True, markup=markup)]
+        assert places, "a random model doubts"
+        assert all(len(place) < len("<turn|>") or markup for place in places)
 
 
 def test_proofread_asks_both_halves_of_the_model(backend: Callable[..., Backend], backend_name: str) -> None:
     ours = backend(backend_name, "base")
-    prompt, tokens, ending = np.array([[9, 8, 7]], np.int32), np.arange(20, 31, dtype=np.int32), (1, 0)
-    argmax, canvas_logprobs, causal_logprobs = proofread(ours, prompt, tokens, CONFIG, ending=ending)
+    prompt, tokens, ending = np.array([9, 8, 7], np.int32), np.arange(20, 31, dtype=np.int32), (1, 0)
+    argmax, canvas_logprobs, causal_logprobs = second_look(ours, prompt, tokens, CONFIG, ending=ending)
 
     def logprobs(logits: Any, ids: Any) -> Any:
-        wide = np.asarray(logits, np.float64)[0]
+        wide = np.asarray(logits, np.float64)
         return (wide - np.log(np.exp(wide).sum(-1, keepdims=True)))[np.arange(len(ids)), ids]
 
-    cache, shown = ours.new_cache(), np.array([*tokens, 1, 0, 0, 0, 0])
-    ours.encode(prompt, cache)
-    first = ours.logits(shown[None, :8].astype(np.int32), cache)
-    ours.encode(shown[None, :8].astype(np.int32), cache)
-    second = ours.logits(shown[None, 8:].astype(np.int32), cache)
-    logits = np.concatenate([first, second], axis=1)
-    assert argmax.tolist() == logits[0].argmax(-1)[:11].tolist()
+    cache, shown = ours.new_cache(), np.array([*tokens, 1, 0, 0, 0, 0], np.int32)
+    ours.encode([Piece(prompt, cache)])
+    [first] = ours.logits([Row(shown[:8], cache, 1.0)])
+    ours.encode([Piece(shown[:8], cache)])
+    [second] = ours.logits([Row(shown[8:], cache, 1.0)])
+    logits = np.concatenate([first, second])
+    assert argmax.tolist() == logits.argmax(-1)[:11].tolist()
     assert_close(canvas_logprobs, logprobs(logits, shown)[:11], 1e-4, "denoiser")
-    whole = ours.logits(np.array([[9, 8, 7, *tokens]], np.int32), ours.new_cache(), causal=True)
-    assert_close(causal_logprobs, logprobs(whole[:, 2:-1], tokens), 1e-4, "causal")
+    [whole] = ours.logits([Piece(np.array([9, 8, 7, *tokens], np.int32), ours.new_cache())])
+    assert_close(causal_logprobs, logprobs(whole[2:-1], tokens), 1e-4, "causal")
 
 
 def test_doubts_have_their_place_in_the_text(model: DiffusionGemma) -> None:
-    doubts = model.proofread(TEXT, prompt="Why?")
+    doubts = proofread(model, TEXT, prompt="Why?")
     ids = model.tokenizer.encode(TEXT)
     spans = model.tokenizer.spans(ids, TEXT)
     assert [spans[0][0], spans[-1][1]] == [0, len(TEXT)]
@@ -160,7 +176,7 @@ def test_doubts_have_their_place_in_the_text(model: DiffusionGemma) -> None:
         assert TEXT[each.start : each.end] == each.text
         assert (each.start, each.end) in spans
         assert each.doubt == -(each.canvas_logprob + each.causal_logprob) > 0
-    raw = model.proofread(TEXT, raw=True)
+    raw = proofread(model, TEXT, raw=True)
     assert raw != doubts
     wave = model.tokenizer.spans(model.tokenizer.encode("a🌊b"), "a🌊b")
     assert set(wave) == {(0, 1), (1, 2), (2, 3)}, "the bytes of one character share it"
@@ -169,7 +185,7 @@ def test_doubts_have_their_place_in_the_text(model: DiffusionGemma) -> None:
 @pytest.mark.parametrize("strength", [-0.1, 1.01, float("nan"), float("inf")])
 def test_bad_strength(model: DiffusionGemma, strength: float) -> None:
     with pytest.raises(InputError, match=r"^strength must be a number from 0 to 1, got "):
-        model.revise(TEXT, strength)
+        revise(model, TEXT, strength)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +204,17 @@ def test_bad_spans(spans: list[tuple[int, int]], told: str) -> None:
 
 
 def test_bad_input(model: DiffusionGemma) -> None:
-    for call in (lambda: model.revise(" ", 0.5), lambda: model.proofread("\n")):
+    for call in (lambda: revise(model, " ", 0.5), lambda: proofread(model, "\n")):
         with pytest.raises(InputError, match="the text is empty"):
             call()
     with pytest.raises(InputError, match=r"a seed must be an integer between 0 and 2\^64 - 1, got -1"):
-        model.revise(TEXT, 0.5, seed=-1)
+        revise(model, TEXT, 0.5, seed=-1)
     with pytest.raises(InputError, match="exceed the model's context of 512 tokens"):
-        model.revise(TEXT * 20, 0)
+        revise(model, TEXT * 20, 0)
+    with pytest.raises(InputError, match="the text itself says how many tokens there are; leave out max_new_tokens"):
+        revise(model, TEXT, 0.5, max_new_tokens=9)
+    with pytest.raises(InputError, match="unknown option 'entropy_bounds'; did you mean entropy_bound"):
+        revise(model, TEXT, 0.5, entropy_bounds=0.1)
 
 
 def run(*arguments: object, status: int = 0, **options: Any) -> Any:
@@ -204,7 +224,7 @@ def run(*arguments: object, status: int = 0, **options: Any) -> Any:
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:
-    expected = load(folder).revise("Why is\nthe sky blue?", 0.6, seed=4)
+    expected = revise(load(folder), "Why is\nthe sky blue?", 0.6, seed=4)
     options = ("--strength", 0.6, "--seed", 4)
     result = run("revise", folder, "Why is\nthe sky blue?", *options)
     assert result.stdout_bytes.decode() == expected.text + "\n"

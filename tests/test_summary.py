@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.backends import Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, graph_name, part_of
 from mlx_diffgemma.convert import Plan, make_recipe
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.reports.summary import summarize
+from mlx_diffgemma.reports.summary import LOGITS_AT_ONCE, summarize
 from support.checkpoints import HUB, make_hub_layout
 from support.real_layout import stored_tensors, total_bytes
 
@@ -78,11 +78,15 @@ def test_memory(hub: Callable[[str], Path]) -> None:
     # Keys and values in BF16: 5 full layers of 2 heads of 512, 25 sliding ones of 8 heads of 256 in windows of 1,024.
     assert plain.cache_per_token == 2 * 2 * 5 * 2 * 512
     assert plain.cache_windows == 2 * 2 * 25 * 8 * 256 * 1023
-    assert plain.cache == 10_000 * plain.cache_per_token + plain.cache_windows
-    assert memory("hub_bf16", "bfloat16", 1023).cache == 1023 * (plain.cache_per_token + 2 * 2 * 25 * 8 * 256)
-    assert memory("hub_bf16", "bfloat16", 1).cache == plain.cache_per_token + 2 * 2 * 25 * 8 * 256
-    assert plain.logits == 256 * 262_144 * 4
-    assert plain.total == plain.weights + plain.cache + plain.logits
+    # With room for a canvas, and for a quarter more or, of a window, for another canvas, up to a multiple of 32; a window begins
+    # at a multiple of the canvas's length: of 10,000 positions at 8,960.
+    capacities = {10_000: (12_832, 1_568), 1023: (1_600, 1_536), 1: (352, 544)}
+    for context, (full, sliding) in capacities.items():
+        expected = full * plain.cache_per_token + sliding * 2 * 2 * 25 * 8 * 256
+        assert memory("hub_bf16", "bfloat16", context).cache == expected
+        assert memory("hub_bf16", "float32", context).cache == 2 * expected
+    assert plain.workspace == LOGITS_AT_ONCE * 256 * 262_144 * 4
+    assert plain.total == plain.weights + plain.cache + plain.workspace
 
     packed, wide = (memory("hub_4bit", dtype, 10_000) for dtype in ("bfloat16", "float32"))
     assert 0 < wide.weights - packed.weights == 2 * 703_292, "what is packed stays as it is; norms and scales are widened"
@@ -132,10 +136,22 @@ def test_memory_is_what_a_backend_holds(checkpoint: Callable[..., Path], backend
         backend: Any = load_backend(opened, backend_name, dtype=dtype)
         held = _weight_bytes(backend.model)
         assert held == summary.memory[dtype].weights, f"{backend_name} holds {held} bytes of weights in {dtype}"
-    cache = backend.new_cache()  # in float32
-    backend.encode(np.arange(20, dtype=np.int32)[None], cache)
-    kept = sum(array.nbytes for layer in cache.layers for array in (layer.keys, layer.values))
-    assert kept == summary.memory["float32"].cache, f"{backend_name} keeps {kept} bytes for 20 positions"
+
+
+@pytest.mark.parametrize("length", [5, 20, 300])
+def test_memory_is_what_a_cache_holds(
+    checkpoint: Callable[..., Path], backend: Callable[..., Any], backend_name: str, length: int
+) -> None:
+    opened, ours = Checkpoint.open(checkpoint("base")), backend(backend_name, "base")
+    expected = summarize(opened, length).memory["float32"].cache
+    cache, tokens = ours.new_cache(), np.arange(length, dtype=np.int32) % opened.config.vocab_size
+    row = Row(np.zeros(opened.config.canvas_length, np.int32), cache, 1.0)
+    ours.encode([Piece(tokens, cache)])
+    ours.denoise([row])
+    assert 0 < cache.nbytes <= expected, "room that was made for less may do"
+    ours.encode([Piece(tokens[:1], cache.fork())])  # takes the room: the next canvas has new room made for it
+    ours.denoise([row])
+    assert cache.nbytes == expected, f"{backend_name} holds {cache.nbytes} bytes for {length} positions"
 
 
 def _weight_bytes(model: Any) -> int:

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_diffgemma.backends import load_backend
-from mlx_diffgemma.backends.torch.model import TextModel
+from mlx_diffgemma.backends import Piece, Row, load_backend
+from mlx_diffgemma.backends.torch.cache import Cache, TrainingCache
+from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.checkpoint import Checkpoint, graph_name
 from mlx_diffgemma.errors import InputError
 from support.comparing import assert_close
@@ -39,19 +41,19 @@ def random_batch(shape: str, *, self_conditioned: bool) -> Any:
 
 def reference_losses(reference: Reference, batch: Any) -> Any:
     """The two losses as :func:`objective.losses` defines them, through the graph of `transformers`."""
-    model = reference.model
-    cap = model.final_logit_softcapping
+    model, cap = reference.model, reference.model.final_logit_softcapping
 
     def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return -logits.log_softmax(dim=-1).gather(-1, tokens[..., None]).mean()
 
     cache, prompt = reference.encode([batch.prompt.numpy()])
+    after = {reference.cache_name: cache}
     signal = None
     if batch.self_conditioned:
         with torch.no_grad():
-            signal = model(decoder_input_ids=batch.noisy, past_key_values=cache).logits
-    canvas = model(decoder_input_ids=batch.noisy, past_key_values=cache, self_conditioning_logits=signal).logits
-    solution = model.model.encoder(input_ids=batch.target, past_key_values=cache).last_hidden_state
+            signal = model(decoder_input_ids=batch.noisy, **after).logits
+    canvas = model(decoder_input_ids=batch.noisy, self_conditioning_logits=signal, **after).logits
+    solution = model.model.encoder(input_ids=batch.target, **after).last_hidden_state
     causal = cap * torch.tanh(model.lm_head(torch.cat([prompt, solution], dim=1)[:, :-1]) / cap)
     following = torch.cat([batch.prompt, batch.target], dim=1)[:, 1:]
     return objective.Losses(cross_entropy(canvas, batch.target), cross_entropy(causal, following))
@@ -90,6 +92,20 @@ def test_gradients(
         assert difference < 1e-4 * norm, f"{name}: gradients differ by {difference / norm:.2e} of their norm"
     print(f"{shape}: {compared} gradients differ by {worst:.2e} of their norm at most")
     assert compared > 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["base", "window_below_canvas"])
+def test_rows_in_training_see_what_a_text_alone_sees(shape: str, checkpoint: Callable[..., Path]) -> None:
+    """Two texts, encoded in three pieces each, so that the sliding layers slide."""
+    model: TextModel = load_backend(Checkpoint.open(checkpoint(shape)), "torch", device="cpu", dtype="float32").model  # type: ignore[attr-defined]
+    texts = torch.randint(1, model.config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(3))
+    trained, alone = TrainingCache(model.config, 2), [Cache(model.config) for _ in texts]
+    for start, stop in pairwise((0, 7, 20, 30)):
+        pieces = texts[:, start:stop]
+        ours = model.encode(pieces.flatten(), [Segment(0, pieces.numel(), trained)]).unflatten(0, (2, -1))
+        each = [model.encode(piece, [Segment(0, len(piece), cache)]) for piece, cache in zip(pieces, alone, strict=True)]
+        assert_close(ours, torch.stack(each), 1e-5, f"{shape}, from token {start} on")
 
 
 def test_the_canvas_does_not_see_the_solution() -> None:
@@ -176,12 +192,12 @@ def test_it_learns() -> None:
 def test_written_checkpoint(trained: Path, backend_name: str) -> None:
     """Our backends and `transformers` read it, and compute the same logits."""
     folder = trained / "checkpoint"
-    prompt, canvas = np.random.default_rng(5).integers(0, 16, (2, 2, 20), dtype=np.int32)
+    prompts, canvases = np.random.default_rng(5).integers(0, 16, (2, 2, 20), dtype=np.int32)
     backend = load_backend(Checkpoint.open(folder), backend_name, dtype="float32")
-    cache = backend.new_cache(2)
-    backend.encode(prompt, cache)
-    expected = Reference(folder).canvas_logits([prompt], canvas)
-    assert_close(backend.logits(canvas, cache), expected, 1e-4, f"{backend_name} and transformers")
+    rows = [Row(canvas, backend.new_cache(), 1.0) for canvas in canvases]
+    backend.encode([Piece(prompt, row.cache) for prompt, row in zip(prompts, rows, strict=True)])
+    expected = Reference(folder).canvas_logits([prompts], canvases)
+    assert_close(np.stack(backend.logits(rows)), expected, 1e-4, f"{backend_name} and transformers")
     assert Checkpoint.open(folder).generation.max_new_tokens == 20
 
 

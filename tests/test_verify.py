@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from mlx_diffgemma.backends import Backend, load_backend
+from mlx_diffgemma.backends import Backend, Denoised, Piece, Row, load_backend
 from mlx_diffgemma.backends.torch import reference as reference_module
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
-from mlx_diffgemma.noise import sampling_keys
+from mlx_diffgemma.noise import sampling_key
 from mlx_diffgemma.reports import conformance
 from mlx_diffgemma.reports.conformance import REFERENCE, Report, verify
 from support.comparing import BACKENDS, assert_close
@@ -81,7 +81,7 @@ def test_divergence_is_that_of_torch(checkpoint: Folder) -> None:
     expected = torch.nn.functional.kl_div(
         other.double().log_softmax(-1), right.double().log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    answers = (conformance._Answer("pass", logits[None].numpy(), [logits[None].numpy()]) for logits in (right, other))
+    answers = (conformance._Answer("pass", logits.numpy(), [logits.numpy()]) for logits in (right, other))
     found = conformance._difference(*answers)
     assert_close(found.mean_kl, expected, 1e-9, "KL(baseline || backend)")
     by_position = torch.nn.functional.kl_div(
@@ -126,7 +126,13 @@ def no_self_conditioning(backend: Any) -> None:
 
 def forgotten_commit(backend: Any) -> None:
     encode = backend.encode
-    backend.encode = lambda tokens, cache, **options: None if len(cache) else encode(tokens, cache, **options)
+
+    def forgetful(pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if not len(piece.cache):
+                encode([piece])
+
+    backend.encode = forgetful
 
 
 def not_a_number(backend: Any) -> None:
@@ -136,9 +142,9 @@ def not_a_number(backend: Any) -> None:
 def other_samples(backend: Any) -> None:
     denoise = backend.denoise
 
-    def wrong(*inputs: Any, **options: Any) -> Any:
-        result = denoise(*inputs, **options)
-        return result._replace(sampled=(result.sampled + 1) % backend.config.vocab_size)
+    def wrong(rows: Sequence[Row]) -> list[Denoised]:
+        size = backend.config.vocab_size
+        return [answer._replace(sampled=(answer.sampled + 1) % size) for answer in denoise(rows)]
 
     backend.denoise = wrong
 
@@ -231,22 +237,42 @@ def test_reference_freezes_samples_and_encodes_as_the_backends_do(
     answers = []
     for each in (reference_module.load(Checkpoint.open(checkpoint("base"))), backend(backend_name, "base")):
         rng = np.random.default_rng(0)
-        prompt, canvas = (rng.integers(0, each.config.vocab_size, (2, length), dtype=np.int32) for length in (11, 8))
+        prompts, canvases = (
+            [rng.integers(0, each.config.vocab_size, length, dtype=np.int32) for length in lengths]
+            for lengths in ((11, 4), (8, 8))
+        )
         frozen = np.array([-1, 5, -1, -1, 7, 7, -1, -1], np.int32)
-        cache: Any = each.new_cache(2)
-        last = each.encode(prompt, cache, logits=True)
-        plain = each.denoise(canvas, cache, temperature=0.7)
-        step = each.denoise(canvas, cache, temperature=0.7, noise_keys=sampling_keys([1, 2], 0, 1), frozen=frozen)
-        after = each.logits(canvas, cache, self_conditioning=step.self_conditioning)
-        assert len(cache) == 11
-        assert (plain.sampled == plain.argmax).all()
-        assert (step.argmax[:, [1, 4, 5]] == [5, 7, 7]).all()
-        assert (step.entropy[:, [1, 4, 5]] == 0).all()
-        answers.append((last, plain.argmax, plain.entropy, step.argmax, step.sampled, step.entropy, after))
-    names = ("encode", "argmax", "entropy", "frozen argmax", "frozen samples", "frozen entropy", "logits after a frozen step")
-    for name, right, ours in zip(names, *answers, strict=True):
-        assert right.dtype == ours.dtype, name
-        assert_close(ours, right, 1e-4, f"{backend_name} against the reference, {name}")
+        caches = [each.new_cache() for _ in prompts]
+        each.encode([Piece(prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)])
+        last = each.next_logits(caches)
+        rows = [Row(canvas, cache, 0.7) for canvas, cache in zip(canvases, caches, strict=True)]
+        scores = each.score_canvas(rows)
+        plain = each.denoise(rows)
+        keys = [sampling_key(seed, 0, 1) for seed in (1, 2)]
+        drawing = [dataclasses.replace(row, noise_key=key, frozen=frozen) for row, key in zip(rows, keys, strict=True)]
+        step = each.denoise(drawing)
+        signals = [answer.self_conditioning for answer in step]
+        later = [dataclasses.replace(row, self_conditioning=signal) for row, signal in zip(rows, signals, strict=True)]
+        after = each.logits(later)
+        assert [len(cache) for cache in caches] == [11, 4]
+        for free, pinned in zip(plain, step, strict=True):
+            assert (free.sampled == free.argmax).all()
+            assert pinned.argmax[[1, 4, 5]].tolist() == pinned.sampled[[1, 4, 5]].tolist() == [5, 7, 7]
+            assert (pinned.entropy[[1, 4, 5]] == 0).all()
+        assert any((pinned.sampled != pinned.argmax).any() for pinned in step)
+        answers.append(
+            [
+                ("next logits", last),
+                ("scores of the canvas", scores),
+                *((name, [getattr(answer, name) for answer in plain]) for name in ("argmax", "entropy")),
+                *((f"frozen {name}", [getattr(answer, name) for answer in step]) for name in ("argmax", "sampled", "entropy")),
+                ("logits after a frozen step", after),
+            ]
+        )
+    for (name, right), (_, ours) in zip(*answers, strict=True):
+        for row in range(2):
+            assert right[row].dtype == ours[row].dtype, name
+            assert_close(ours[row], right[row], 1e-4, f"{backend_name} against the reference, {name}, row {row}")
 
 
 def test_reference_says_what_it_cannot_do(checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +290,7 @@ def test_reference_says_what_it_cannot_do(checkpoint: Folder, tmp_path: Path, mo
         reference_module.load(Checkpoint.open(tmp_path))
     loaded = reference_module.load(opened)
     with pytest.raises(BackendError, match="encode one first"):
-        loaded.logits(np.zeros((1, 8), np.int32), loaded.new_cache())
+        loaded.logits([Row(np.zeros(8, np.int32), loaded.new_cache(), 1.0)])
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(BackendError, match="pip install"):
         reference_module.load(opened)
@@ -285,7 +311,7 @@ def test_reference_says_what_it_cannot_do(checkpoint: Folder, tmp_path: Path, mo
         ({"prompt_length": 500}, "within the model's context of 512 tokens, got 500"),
         ({"canvas_length": 9}, "canvas_length must be 1 to 8"),
         ({"canvas_length": 0}, "canvas_length must be 1 to 8"),
-        ({"seed": -1}, "a seed must lie between 0 and"),
+        ({"seed": -1}, "a seed must be an integer between 0 and"),
         ({"tolerance": float("nan")}, "tolerance must be at least 0"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),
     ],

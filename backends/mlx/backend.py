@@ -1,21 +1,22 @@
 """The MLX wing's side of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import PREFILL_CHUNK, Denoised, check_tokens
+from mlx_diffgemma.backends import Denoised, Piece, Row, check_rows, check_tokens
 from mlx_diffgemma.backends.mlx.cache import Cache
-from mlx_diffgemma.backends.mlx.model import TextModel
+from mlx_diffgemma.backends.mlx.model import Segment, TextModel
 from mlx_diffgemma.backends.mlx.quantized import quantize_modules
-from mlx_diffgemma.backends.mlx.step import logprobs, score, step
+from mlx_diffgemma.backends.mlx.step import Inputs, logprobs, score, step
+from mlx_diffgemma.backends.stream import Canvases, answers, spans
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.errors import BackendError, InputError
-from mlx_diffgemma.noise import bits
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
@@ -70,85 +71,97 @@ class MlxBackend:
         self.model, self.config = model, model.config
         self.device, self.dtype = device.name, dtype
         self._place = device
-        self.exact_rows = device.name == "cpu"  # on Apple's GPUs it has not been measured
+        # The BLAS of the wheel for Linux sums each output by itself, in order; Apple's CPU and GPU have not been measured.
+        self.exact_rows = device.name == "cpu" and sys.platform == "linux"
 
-    def new_cache(self, batch_size: int = 1) -> Cache:
-        return Cache(self.config, batch_size)
+    def new_cache(self) -> Cache:
+        return Cache(self.config)
 
-    def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
-        check_tokens(tokens, self.config, cached=len(cache))
+    def encode(self, pieces: Sequence[Piece]) -> None:
         with mx.stream(self._place):
-            for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-                self.model.encode(mx.array(tokens[:, start : start + PREFILL_CHUNK]), cache)
-                mx.eval(cache.arrays())  # keeps no more than one chunk's graph
-            assert cache.last is not None
-            return np.array(self.model.head(cache.last)) if logits else None
+            tokens, segments = self._stream(pieces)
+            self.model.encode(tokens, segments)
+            mx.eval([segment.cache.arrays() for segment in segments])
 
-    def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
-        check_tokens(tokens, self.config)
-        unconditioned, chunks = not len(cache), []
+    def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
         with mx.stream(self._place):
-            for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-                chunks.append(score(self.model, mx.array(tokens[:, start : start + PREFILL_CHUNK]), cache))
-                mx.eval(chunks[-1], cache.arrays())
-            logprobs = np.array(mx.concatenate(chunks, axis=1))
-        logprobs[:, :unconditioned] = np.nan
-        return logprobs
+            return np.array(self.model.head(mx.concatenate([cache.last for cache in caches if cache.last is not None])))
 
-    def denoise(
-        self,
-        canvas: NDArray[np.int32],
-        cache: Cache,
-        *,
-        temperature: float,
-        noise_keys: NDArray[np.uint32] | None = None,
-        self_conditioning: Any = None,
-        frozen: NDArray[np.int32] | None = None,
-    ) -> Denoised:
-        check_tokens(canvas, self.config)
-        noise = None
-        if noise_keys is not None:
-            noise = mx.array(bits(noise_keys[:, None], np.arange(canvas.shape[1], dtype=np.uint32)))
+    def score(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
         with mx.stream(self._place):
-            if isinstance(self_conditioning, Sequence):
-                self_conditioning = mx.concatenate(list(self_conditioning))
-            argmax, sampled, entropy, soft_embeddings = step(
+            tokens, segments = self._stream(pieces)
+            unconditioned = [segment.start for segment in segments if not len(segment.cache)]
+            scores = score(self.model, tokens, segments)
+            mx.eval(scores, [segment.cache.arrays() for segment in segments])
+            logprobs = np.array(scores)
+        logprobs[unconditioned] = np.nan
+        return [logprobs[segment.start : segment.stop] for segment in segments]
+
+    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        check_rows(rows, self.config)
+        given = Canvases.of(rows)
+        with mx.stream(self._place):
+            tokens, segments = self._stream(rows)
+            *statistics, soft_embeddings = step(
                 self.model,
-                mx.array(canvas),
-                cache,
-                temperature=temperature,
-                noise=noise,
-                soft_embeddings=self_conditioning,
-                frozen=None if frozen is None else mx.array(frozen),
+                segments,
+                Inputs(
+                    canvases=tokens,
+                    temperature=mx.array(given.temperature),
+                    noise=None if given.noise is None else mx.array(given.noise),
+                    drawn=mx.array(given.drawn),
+                    soft_embeddings=self._soft_embeddings(rows),
+                    frozen=None if given.frozen is None else mx.array(given.frozen),
+                ),
             )
-            mx.eval(argmax, sampled, entropy, soft_embeddings)
-        return Denoised(np.array(argmax), np.array(sampled), np.array(entropy), soft_embeddings)
+            signals = [soft_embeddings[start:stop] for start, stop, _ in segments]
+            mx.eval(statistics, signals, [segment.cache.arrays() for segment in segments])
+            return answers([np.array(each) for each in statistics], signals)
 
-    def score_canvas(self, canvas: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
-        check_tokens(canvas, self.config)
+    def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        check_rows(rows, self.config)
         with mx.stream(self._place):
-            tokens = mx.array(canvas)
-            return np.array(logprobs(self.model, self.model.denoise(tokens, cache), tokens))
+            tokens, segments = self._stream(rows)
+            hidden = self.model.denoise(tokens, segments, self._soft_embeddings(rows))
+            temperature = mx.array(Canvases.of(rows).temperature)
+            scores = np.array(logprobs(self.model, hidden, tokens, temperature))
+        return [scores[segment.start : segment.stop] for segment in segments]
 
     def logits(
-        self,
-        tokens: NDArray[np.int32],
-        cache: Cache,
-        *,
-        causal: bool = False,
-        self_conditioning: Any = None,
-        trace: list[NDArray[np.float32]] | None = None,
-    ) -> NDArray[np.float32]:
-        check_tokens(tokens, self.config)
+        self, parts: Sequence[Piece | Row], trace: list[list[NDArray[np.float32]]] | None = None
+    ) -> list[NDArray[np.float32]]:
         states: list[mx.array] = []
+        rows = [part for part in parts if isinstance(part, Row)]
         with mx.stream(self._place):
-            if causal:
-                hidden = self.model.encode(mx.array(tokens), cache, states)
+            tokens, segments = self._stream(parts)
+            if rows:
+                hidden = self.model.denoise(tokens, segments, self._soft_embeddings(rows), states)
             else:
-                hidden = self.model.denoise(mx.array(tokens), cache, self_conditioning, states)
+                hidden = self.model.encode(tokens, segments, states)
             if trace is not None:
-                trace.extend(np.array(state.astype(mx.float32)) for state in states)
-            return np.array(self.model.head(hidden))
+                wide = [np.array(state.astype(mx.float32)) for state in states]
+                trace += [[state[start:stop] for state in wide] for start, stop, _ in segments]
+            return [np.array(self.model.head(hidden[start:stop])) for start, stop, _ in segments]
 
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory()
+
+    def _stream(self, parts: Sequence[Piece | Row]) -> tuple[mx.array, list[Segment]]:
+        """Tokens int32 [T], and which of them are whose."""
+        tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
+        for each in tokens:
+            check_tokens(each, self.config)
+        places = spans([len(each) for each in tokens])
+        caches = [cast(Cache, part.cache) for part in parts]
+        segments = [Segment(span.start, span.stop, cache) for span, cache in zip(places, caches, strict=True)]
+        return mx.array(np.concatenate(tokens)), segments
+
+    def _soft_embeddings(self, rows: Sequence[Row]) -> mx.array | None:
+        """The rows' self-conditioning [T, H], zeros for those without; None where none has any."""
+        known = [row.self_conditioning for row in rows if row.self_conditioning is not None]
+        if not known:
+            return None
+        signals = [(row.self_conditioning, len(row.canvas)) for row in rows]
+        return mx.concatenate(
+            [mx.zeros((length, known[0].shape[1]), known[0].dtype) if signal is None else signal for signal, length in signals]
+        )

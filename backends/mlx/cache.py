@@ -1,142 +1,146 @@
-"""Keys and values of the committed positions.
+"""Keys and values of one text's committed positions, in buffers with room behind them.
 
-Arrays are concatenated, never written in place: a canvas sees what is committed without changing it, and the copy is small
-beside the weights that a step reads anyway. (mlx-lm's rotating cache does not keep the order of positions that a canvas needs.)
+What is appended is written into the room, and so is each step's canvas, which leaves the committed positions as they are: a step
+copies no key, and its shapes stay the same within a block.
+
+Caches that fork share their buffers. The room behind a buffer's last committed position is anybody's to write into, since each
+pass writes before it reads; whoever commits first keeps it, and a fork that ended earlier copies what it holds before it writes.
+
+How much room there is, and where a sliding layer's buffer begins, is in backends/room.py.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Self
 
 import mlx.core as mx
 
+from mlx_diffgemma.backends.room import Room
 from mlx_diffgemma.config import ModelConfig
 
 
-class LayerCache:
-    """Keys and values [B, H, S, D] of one layer. A sliding layer keeps what later positions can see: the last window - 1."""
+class Buffer:
+    """Keys and values [B, H, capacity, D] of a text from position ``first`` on, of which those before ``committed`` stay."""
 
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+    def __init__(self, first: int, capacity: int, keys: mx.array, values: mx.array) -> None:
+        self.first, self.committed, self.capacity = first, first, capacity
+        self.keys, self.values = _room(keys, capacity), _room(values, capacity)
+
+    def write(self, start: int, keys: mx.array, values: mx.array) -> None:
+        """Put keys and values at position ``start`` and behind it."""
+        span = slice(start - self.first, start - self.first + keys.shape[2])
+        self.keys[:, :, span], self.values[:, :, span] = keys, values
+
+    def read(self, start: int, end: int) -> tuple[mx.array, mx.array]:
+        """Keys and values at positions start .. end - 1, as views."""
+        span = slice(start - self.first, end - self.first)
+        return self.keys[:, :, span], self.values[:, :, span]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more positions, for all that share the buffer."""
+        held, self.capacity = self.committed - self.first, capacity
+        for name in ("keys", "values"):  # one after the other: no more than one of them is there twice
+            old = getattr(self, name)
+            new = _room(old, capacity)
+            new[:, :, :held] = old[:, :, :held]
+            setattr(self, name, new)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class LayerCache:
+    """One layer of a :class:`Cache`: a buffer, and how much of it is this text's."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.length = 0
+        self.buffer: Buffer | None = None
 
     def extended(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What is kept, followed by ``keys`` and ``values``; the cache stays as it is."""
-        if self.keys is None or self.values is None:
-            return keys, values
-        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+        """Write keys and values [B, H, N, D] behind the committed positions, and leave these as they are.
 
-    def repeated(self, rows: int) -> "LayerCache":
-        """A copy for ``rows`` rows of one row; nothing is written in place, so that the arrays are shared."""
-        other = LayerCache(self.window)
-        if self.keys is not None and self.values is not None:
-            shape = (rows, *self.keys.shape[1:])
-            other.keys, other.values = mx.broadcast_to(self.keys, shape), mx.broadcast_to(self.values, shape)
-        return other
-
-    def joined(self, others: "Sequence[LayerCache]") -> "LayerCache":
-        """A copy with the rows of ``others`` behind its own."""
-        other = LayerCache(self.window)
-        other.keys = joined_rows([layer.keys for layer in (self, *others)])
-        other.values = joined_rows([layer.values for layer in (self, *others)])
-        return other
+        Returns:
+            What the new positions see besides each other, followed by them: keys and values [B, H, S, D].
+        """
+        end = self.length + keys.shape[2]
+        buffer = self._writable(end, keys, values)
+        buffer.write(self.length, keys, values)
+        return buffer.read(self.room.visible(self.length), end)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """As :meth:`extended`, and keep the new positions too."""
-        keys, values = self.extended(keys, values)
-        drop = max(0, keys.shape[2] - (self.window - 1)) if self.window else 0
-        # A slice would keep the whole of a long prompt alive.
-        self.keys, self.values = (
-            (mx.contiguous(keys[:, :, drop:]), mx.contiguous(values[:, :, drop:])) if drop else (keys, values)
-        )
-        return keys, values
+        """As :meth:`extended`, and commit the new positions."""
+        seen = self.extended(keys, values)
+        self.length += keys.shape[2]
+        assert self.buffer is not None
+        self.buffer.committed = self.length
+        if self.room.first(self.length) > self.buffer.first:
+            self._move(self.length)
+        return seen
 
-    def cut(self, length: int) -> "LayerCache":
-        """A copy of the first ``length`` positions of a full layer."""
-        other = LayerCache(self.window)
-        if self.keys is not None and self.values is not None:
-            other.keys, other.values = self.keys[:, :, :length], self.values[:, :, :length]
-        return other
+    def _writable(self, end: int, keys: mx.array, values: mx.array) -> Buffer:
+        """The buffer, with room up to position ``end`` that nobody has committed to."""
+        if self.buffer is None:
+            self.buffer = Buffer(0, self.room.capacity(self.length, end), keys, values)
+        elif self.buffer.committed > self.length:
+            self._move(end)
+        elif self.buffer.first + self.buffer.capacity < end:
+            self.buffer.grow(self.room.capacity(self.length, end))
+        return self.buffer
 
-    @property
-    def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in (self.keys, self.values) if kept is not None)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """What :meth:`Cache.windows` keeps: the sliding layers (None for a full one) and ``last`` at ``length`` positions."""
-
-    length: int
-    layers: list[LayerCache | None]
-    last: mx.array | None
-
-    def __len__(self) -> int:
-        return self.length
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers if layer is not None)
+    def _move(self, end: int) -> None:
+        """Copy what is this text's, and can still be seen, into a buffer of its own with room up to ``end``."""
+        old, start = self.buffer, self.room.visible(self.length)
+        assert old is not None
+        kept = old.read(start, self.length)
+        self.buffer = Buffer(self.room.first(self.length), self.room.capacity(self.length, end), *kept)
+        self.buffer.write(start, *kept)
+        self.buffer.committed = self.length
 
 
 class Cache:
-    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions.
+    """One :class:`LayerCache` a layer.
 
-    ``last`` is the final hidden state [B, H] of the last of them, which says what token comes next; None where there is none.
+    Attributes:
+        length: committed positions.
+        last: the final hidden states [B, H] of the last of them, which say what token comes next; None where there is none.
+        rows: texts of one length that go through the graph side by side: 1.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int = 1) -> None:
-        self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None) for layer in config.layers]
-        self.batch_size = batch_size
+    rows = 1
+
+    def __init__(self, config: ModelConfig) -> None:
+        windows = [config.sliding_window if layer.is_sliding else None for layer in config.layers]
+        self.layers: Sequence[LayerCache] = [LayerCache(Room(window, config.canvas_length)) for window in windows]
         self.length = 0
         self.last: mx.array | None = None
 
     def __len__(self) -> int:
         return self.length
 
-    def repeated(self, rows: int) -> "Cache":
-        """A cache of ``rows`` rows that begins as this one of one row and goes on for itself."""
+    def fork(self) -> Self:
+        """A cache that begins as this one and goes on for itself."""
         other = copy.copy(self)
-        other.layers, other.batch_size = [layer.repeated(rows) for layer in self.layers], rows
-        other.last = None if self.last is None else mx.broadcast_to(self.last, (rows, self.last.shape[-1]))
-        return other
-
-    def joined(self, others: "Sequence[Cache]") -> "Cache":
-        """A cache of the rows of this one and then those of ``others``, of the same length, that goes on for itself."""
-        other, parts = copy.copy(self), (self, *others)
-        other.batch_size = sum(part.batch_size for part in parts)
-        other.layers = [layer.joined(layers) for layer, *layers in zip(*(part.layers for part in parts), strict=True)]
-        other.last = joined_rows([part.last for part in parts])
+        other.layers = [copy.copy(layer) for layer in self.layers]
         return other
 
     def arrays(self) -> list[mx.array]:
         """All that is kept, for ``mx.eval``."""
-        layers = [array for layer in self.layers for array in (layer.keys, layer.values)]
-        return [array for array in (*layers, self.last) if array is not None]
+        buffers = [layer.buffer for layer in self.layers if layer.buffer is not None]
+        kept = [array for buffer in buffers for array in (buffer.keys, buffer.values)]
+        return kept if self.last is None else [*kept, self.last]
 
-    def windows(self) -> Windows:
-        """What is lost once more is appended, for :meth:`cut`."""
-        layers = [layer.repeated(self.batch_size) if layer.window else None for layer in self.layers]
-        return Windows(self.length, layers, self.last)
-
-    def cut(self, windows: Windows) -> "Cache":
-        """A cache of the first ``len(windows)`` positions, which goes on for itself; ``windows`` are this one's own."""
-        other = copy.copy(self)
-        other.length, other.last = windows.length, windows.last
-        other.layers = [
-            layer.cut(windows.length) if window is None else window.repeated(self.batch_size)
-            for layer, window in zip(self.layers, windows.layers, strict=True)
-        ]
-        return other
+    def buffers(self) -> dict[int, int]:
+        """Bytes of each buffer, by its identity."""
+        return {id(layer.buffer): layer.buffer.nbytes for layer in self.layers if layer.buffer is not None}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of all buffers."""
+        return sum(self.buffers().values())
 
 
-def joined_rows(parts: Sequence[mx.array | None]) -> mx.array | None:
-    """Arrays of some rows each, one after the other; None where nothing is kept."""
-    kept = [part for part in parts if part is not None]
-    return mx.concatenate(kept) if kept else None
+def _room(like: mx.array, capacity: int) -> mx.array:
+    """Room for ``capacity`` positions of keys or values [B, H, N, D]."""
+    return mx.zeros((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype)

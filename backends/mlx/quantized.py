@@ -1,17 +1,17 @@
 """Modules whose weights stay packed as MLX stores them, in MLX.
 
-A packed weight [.., out, in * bits / 32] is multiplied as it is, by ``mx.quantized_matmul`` and ``mx.gather_qmm``. Results have
-the dtype of the activations. (``nn.QuantizedLinear`` answers in the wider of the activations' and the scales' types, and packs
-a random matrix each time one is made.)
+A packed weight [.., out, in * bits / 32] is multiplied as it is, by products.py. Results have the dtype of the activations.
+(``nn.QuantizedLinear`` answers in the wider of the activations' and the scales' types, and packs a random matrix each time one is
+made.)
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
+from mlx_diffgemma.backends.mlx import products
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.errors import CheckpointError
 
@@ -21,11 +21,7 @@ class Quantized(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], quantization: Quantization) -> None:
         super().__init__()
-        self.format: dict[str, Any] = {
-            "group_size": quantization.group_size,
-            "bits": quantization.bits,
-            "mode": quantization.mode,
-        }
+        self.format = quantization
         *rows, size = shape
         groups = (*rows, size // quantization.group_size)
         affine = quantization.mode == "affine"
@@ -33,25 +29,16 @@ class Quantized(nn.Module):
         self.scales = mx.zeros(groups, dtype=mx.bfloat16 if affine else mx.uint8)
         self.biases = mx.zeros(groups, dtype=mx.bfloat16) if affine else None
 
-    def rows(self, index: mx.array, dtype: mx.Dtype) -> mx.array:
-        """The weights at ``index`` of the first dimension, computed in float32 and then rounded to ``dtype``."""
-        weight, scales = self.weight[index], self.scales[index]
-        if self.biases is None:
-            return mx.dequantize(weight, scales, dtype=mx.float32, **self.format).astype(dtype)
-        biases = self.biases[index].astype(mx.float32)
-        return mx.dequantize(weight, scales.astype(mx.float32), biases, **self.format).astype(dtype)
-
-    def matmul(self, x: mx.array, *, transpose: bool) -> mx.array:
-        """x [.., in] times the transpose [.., out], or x [.., out] times the weight itself [.., in]."""
-        y = mx.quantized_matmul(_summable(x), self.weight, self.scales, self.biases, transpose=transpose, **self.format)
-        return y.astype(x.dtype)
+    @property
+    def packed(self) -> tuple[mx.array, mx.array, mx.array | None, Quantization]:
+        return self.weight, self.scales, self.biases, self.format
 
 
 class QuantizedLinear(Quantized):
     """``nn.Linear`` without bias, weight [out, in]."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.matmul(x, transpose=True)
+        return products.linear(x, *self.packed)
 
 
 class QuantizedEmbedding(Quantized):
@@ -62,13 +49,13 @@ class QuantizedEmbedding(Quantized):
         self.dtype = dtype
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return self.rows(tokens, self.dtype)  # [.., H]
+        return products.rows(tokens, *self.packed).astype(self.dtype)  # [.., H]
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self.matmul(x, transpose=True)  # [.., V]
+        return products.linear(x, *self.packed)  # [.., V]
 
     def weighted_rows(self, probabilities: mx.array) -> mx.array:
-        return self.matmul(probabilities, transpose=False)  # [.., H]
+        return products.weighted_rows(probabilities, *self.packed)  # [.., H]
 
 
 class QuantizedExpertLinear(Quantized):
@@ -76,10 +63,7 @@ class QuantizedExpertLinear(Quantized):
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         """Rows of x [M, 1, in] are sorted by expert; ``experts`` (uint32 [M]) says which is whose. Gives [M, 1, out]."""
-        y = mx.gather_qmm(
-            _summable(x), self.weight, self.scales, self.biases, rhs_indices=experts, sorted_indices=True, **self.format
-        )
-        return y.astype(x.dtype)
+        return products.expert_linear(x, experts, *self.packed)
 
 
 def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype: mx.Dtype) -> None:
@@ -106,8 +90,3 @@ def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype:
             kind = QuantizedExpertLinear if weight.ndim == 3 else QuantizedLinear
             quantized.append((path, kind(weight.shape, quantization)))
     model.update_modules(tree_unflatten(quantized))
-
-
-def _summable(x: mx.array) -> mx.array:
-    """Activations in a type that products accumulate well in: MLX's CPU sums in that of its operands, its GPU in float32."""
-    return x.astype(mx.float32) if mx.default_device() == mx.Device(mx.DeviceType.cpu) else x

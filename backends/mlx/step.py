@@ -1,87 +1,107 @@
-"""The hot step: a canvas in, three small arrays and the next step's self-conditioning out; nothing large outlives it.
+"""The hot step: canvases in, three small arrays and the next step's self-conditioning out; nothing large outlives it.
 
-Scoring, which lies beside it, is the same head on given tokens.
+Scoring, which lies beside it, is the same head on given tokens. T positions of any number of canvases, H hidden size,
+V vocabulary.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_diffgemma.backends import SCORE_TILE
-from mlx_diffgemma.backends.mlx.cache import Cache
-from mlx_diffgemma.backends.mlx.model import TextModel
+from mlx_diffgemma.backends.mlx.model import Segment, TextModel
+from mlx_diffgemma.backends.mlx.noise import gumbel, words
 
 
-def step(
-    model: TextModel,
-    canvas: mx.array,
-    cache: Cache,
-    *,
-    temperature: float,
-    noise: mx.array | None,
-    soft_embeddings: mx.array | None,
-    frozen: mx.array | None,
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """One denoising step.
+class Inputs(NamedTuple):
+    """What a denoising step is given, for canvases that lie one behind the other.
 
-    Args:
-        canvas: int32 [B, L].
-        noise: uint32 [B, L], the bits of :func:`mlx_diffgemma.noise.bits` at each position, or None to draw nothing.
-        soft_embeddings: [B, L, H] from the previous step, or None.
-        frozen: int32 [L] or [B, L], -1 where the model may write, or None.
-
-    Returns:
-        argmax, sampled (int32 [B, L]), entropy (float32 [B, L], nats), and the next step's soft embeddings [B, L, H].
+    Attributes:
+        canvases: int32 [T].
+        temperature: float32 [T].
+        noise: uint32 [T], the bits of :func:`mlx_diffgemma.noise.bits` at each position, or None to draw nothing.
+        drawn: bool [T], where the noise counts.
+        soft_embeddings: [T, H] from the previous step, zeros in a canvas's first; None where all are in their first.
+        frozen: int32 [T], -1 where the model may write, or None.
     """
-    hidden = model.denoise(canvas, cache, soft_embeddings)
-    raw = model.embed_tokens.as_linear(hidden).astype(mx.float32)  # [B, L, V]
-    cap = model.config.final_logit_softcapping
+
+    canvases: mx.array
+    temperature: mx.array
+    noise: mx.array | None
+    drawn: mx.array
+    soft_embeddings: mx.array | None
+    frozen: mx.array | None
+
+
+def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[mx.array, ...]:
+    """One denoising step: argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
+
+    No more than SCORE_TILE positions have logits at a time, however many canvases there are.
+    """
+    hidden = model.denoise(given.canvases, segments, given.soft_embeddings)
+    tiles: list[tuple[mx.array, ...]] = []
+    for start in range(0, len(hidden), SCORE_TILE):
+        mx.eval(tiles)  # of those before: only one has its logits
+        tiles.append(_answer(model, hidden, given, slice(start, start + SCORE_TILE)))
+    return tuple(mx.concatenate(list(parts)) for parts in zip(*tiles, strict=True))
+
+
+def _answer(model: TextModel, hidden: mx.array, given: Inputs, span: slice) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """What :func:`step` says of the positions in ``span``."""
+    raw = model.embed_tokens.as_linear(hidden[span]).astype(mx.float32)  # [N, V]
+    noise = None if given.noise is None else given.noise[span]
+    cap, temperature = model.config.final_logit_softcapping, given.temperature[span]
     argmax, sampled, entropy, probabilities = statistics(raw, noise, hidden.dtype, cap=cap, temperature=temperature)
     soft = model.soft_embeddings(probabilities)
-    if frozen is not None:
-        known, token = frozen >= 0, mx.maximum(frozen, 0)
+    sampled = mx.where(given.drawn[span], sampled, argmax)
+    if given.frozen is not None:
+        known, token = given.frozen[span] >= 0, mx.maximum(given.frozen[span], 0)
         argmax, sampled = mx.where(known, token, argmax), mx.where(known, token, sampled)
         entropy = mx.where(known, 0.0, entropy)
-        soft = mx.where(known[..., None], model.embed(token), soft)
+        soft = mx.where(known[:, None], model.embed(token), soft)
     return argmax, sampled, entropy, soft
 
 
-def score(model: TextModel, tokens: mx.array, cache: Cache) -> mx.array:
-    """Encode tokens int32 [B, N], N at least 1; the log-probability of each after all before it, float32 [B, N].
+def score(model: TextModel, tokens: mx.array, segments: Sequence[Segment]) -> mx.array:
+    """Encode tokens int32 [T]; the log-probability of each after all before it in its text, float32 [T].
 
-    That of the first token after an empty cache says nothing.
+    That of a text's first token says nothing.
     """
-    before = cache.last
-    hidden = model.encode(tokens, cache)
-    before = mx.zeros_like(hidden[:, 0]) if before is None else before
-    return logprobs(model, mx.concatenate([before[:, None], hidden[:, :-1]], axis=1), tokens)
+    lasts = [segment.cache.last for segment in segments]
+    hidden = model.encode(tokens, segments)
+    before = []
+    for (start, stop, _), last in zip(segments, lasts, strict=True):
+        before += [mx.zeros_like(hidden[:1]) if last is None else last, hidden[start : stop - 1]]
+    return logprobs(model, mx.concatenate(before), tokens)
 
 
-def logprobs(model: TextModel, hidden: mx.array, tokens: mx.array) -> mx.array:
-    """Log-probability float32 [B, N] of tokens int32 [B, N] where the final hidden states are [B, N, H]."""
-    states, parts = hidden.flatten(0, 1), []
-    for start in range(0, len(states), SCORE_TILE):
+def logprobs(model: TextModel, hidden: mx.array, tokens: mx.array, temperature: mx.array | None = None) -> mx.array:
+    """Log-probability float32 [T] of tokens int32 [T] where the final hidden states are [T, H]; temperature float32 [T]."""
+    parts: list[mx.array] = []
+    for start in range(0, len(tokens), SCORE_TILE):
+        mx.eval(parts)  # of those before: only one has its logits
         span = slice(start, start + SCORE_TILE)
-        logits = model.head(states[span])
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        part = mx.take_along_axis(shifted, tokens.reshape(-1, 1)[span], axis=-1)[:, 0] - mx.log(_sum(mx.exp(shifted)))
-        mx.eval(part)  # keeps no more than one tile of logits
-        parts.append(part)
-    return mx.concatenate(parts).reshape(tokens.shape)
+        logits = model.head(hidden[span])
+        logits = logits if temperature is None else logits / temperature[span, None]
+        parts.append(mx.take_along_axis(logits, tokens[span, None], axis=-1)[:, 0] - _logsumexp(logits))
+    return mx.concatenate(parts)
 
 
 def statistics(
-    raw: mx.array, noise: mx.array | None, dtype: mx.Dtype, *, cap: float, temperature: float
+    raw: mx.array, noise: mx.array | None, dtype: mx.Dtype, *, cap: float, temperature: mx.array
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
 
     Args:
-        raw: float32 [B, L, V], the head's output before its softcap.
-        noise: uint32 [B, L] as in :func:`step`, or None.
+        raw: float32 [T, V], the head's output before its softcap.
+        noise, temperature: as in :class:`Inputs`.
 
     Returns:
-        argmax, sampled (int32 [B, L]), entropy (float32 [B, L], nats), and the probabilities [B, L, V], which are the float32
-        softmax of the tempered logits rounded to ``dtype``, and are of that type.
+        argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the probabilities [T, V], which are the float32 softmax of
+        the tempered logits rounded to ``dtype``, and are of that type.
     """
-    scores = mx.tanh(raw / cap) * (cap / temperature)
+    scores = mx.tanh(raw / cap) * (cap / temperature)[:, None]
     argmax = scores.argmax(axis=-1).astype(mx.int32)
     sampled = argmax if noise is None else _sample(scores, noise)
     shifted = scores - scores.max(axis=-1, keepdims=True)
@@ -89,8 +109,19 @@ def statistics(
     total = _sum(weights)
     entropy = mx.log(total) - _sum(shifted * weights) / total
     if dtype == mx.float32:
-        return argmax, sampled, entropy, weights / total[..., None]
+        return argmax, sampled, entropy, weights / total[:, None]
     return argmax, sampled, entropy, mx.softmax(scores.astype(dtype).astype(mx.float32), axis=-1).astype(dtype)
+
+
+def _sample(scores: mx.array, noise: mx.array) -> mx.array:
+    """argmax(scores + Gumbel noise) of scores float32 [T, V]; noise uint32 [T]."""
+    return (scores + gumbel(words(noise, scores.shape[-1]))).argmax(axis=-1).astype(mx.int32)
+
+
+def _logsumexp(logits: mx.array) -> mx.array:
+    """Over the last axis."""
+    most = logits.max(axis=-1, keepdims=True)
+    return mx.log(_sum(mx.exp(logits - most))) + most[..., 0]
 
 
 def _sum(x: mx.array) -> mx.array:
@@ -99,22 +130,3 @@ def _sum(x: mx.array) -> mx.array:
     inner = 512 if size >= 512 else 1
     padded = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % inner)])
     return padded.reshape(*x.shape[:-1], -1, inner).sum(axis=-1).sum(axis=-1)
-
-
-def _sample(scores: mx.array, noise: mx.array) -> mx.array:
-    """argmax(scores + Gumbel noise) of scores float32 [B, L, V]; noise uint32 [B, L]."""
-    words = mix(mx.arange(scores.shape[-1], dtype=mx.uint32) ^ noise[..., None])
-    return (scores + gumbel(words)).argmax(axis=-1).astype(mx.int32)
-
-
-def mix(words: mx.array) -> mx.array:
-    """:func:`mlx_diffgemma.noise.mix`."""
-    words = (words ^ (words >> 16)) * mx.array(0x7FEB352D, dtype=mx.uint32)
-    words = (words ^ (words >> 15)) * mx.array(0x846CA68B, dtype=mx.uint32)
-    return words ^ (words >> 16)
-
-
-def gumbel(words: mx.array) -> mx.array:
-    """Gumbel noise float32 of uint32 words, as :func:`mlx_diffgemma.noise.gumbel` defines it."""
-    uniform = words.astype(mx.float32) * 2.0**-32 + 2.0**-33
-    return -mx.log(-mx.log1p(-uniform))

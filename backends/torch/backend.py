@@ -1,7 +1,7 @@
 """The torch wing's side of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from mlx_diffgemma.backends import PREFILL_CHUNK, Denoised, check_tokens
+from mlx_diffgemma.backends import Denoised, Piece, Row, check_rows, check_tokens
+from mlx_diffgemma.backends.stream import Canvases, answers, spans
 from mlx_diffgemma.backends.torch.cache import Cache
-from mlx_diffgemma.backends.torch.model import TextModel
+from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.backends.torch.quantized import quantize_modules
-from mlx_diffgemma.backends.torch.step import logprobs, score, step
+from mlx_diffgemma.backends.torch.step import Inputs, logprobs, score, step
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.errors import BackendError, InputError
-from mlx_diffgemma.noise import bits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,7 +30,7 @@ def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None
     dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     with torch.device("meta"):
         model = TextModel(checkpoint.config)
-    quantize_modules(model, checkpoint.quantization, _DTYPES[dtype])
+        quantize_modules(model, checkpoint.quantization, _DTYPES[dtype])
     checkpoint.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     model.load_state_dict(_tensors(checkpoint, place, _DTYPES[dtype]), assign=True)
     return TorchBackend(model.eval().requires_grad_(False), place, dtype)
@@ -69,91 +69,95 @@ class TorchBackend:
         self.model, self.config = model, model.config
         self.device, self.dtype = str(device), dtype
 
-    def new_cache(self, batch_size: int = 1) -> Cache:
-        return Cache(self.config, batch_size)
+    def new_cache(self) -> Cache:
+        return Cache(self.config)
 
     @torch.inference_mode()
-    def encode(self, tokens: NDArray[np.int32], cache: Cache, *, logits: bool = False) -> NDArray[np.float32] | None:
-        check_tokens(tokens, self.config, cached=len(cache))
-        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-            self.model.encode(self._to_device(tokens[:, start : start + PREFILL_CHUNK]), cache)
-        assert cache.last is not None
-        if logits:
-            return self._to_numpy(self.model.head(cache.last))
-        if cache.last.is_cuda:
-            torch.cuda.synchronize(cache.last.device)
-        return None
+    def encode(self, pieces: Sequence[Piece]) -> None:
+        self.model.encode(*self._stream(pieces))
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def score(self, tokens: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
-        check_tokens(tokens, self.config)
-        unconditioned = not len(cache)
-        chunks = self._to_device(tokens).split(PREFILL_CHUNK, dim=1)
-        logprobs = self._to_numpy(torch.cat([score(self.model, chunk, cache) for chunk in chunks], dim=1))
-        logprobs[:, :unconditioned] = np.nan
-        return logprobs
+    def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
+        return self._to_numpy(self.model.head(torch.cat([cache.last for cache in caches if cache.last is not None])))
 
     @torch.inference_mode()
-    def denoise(
-        self,
-        canvas: NDArray[np.int32],
-        cache: Cache,
-        *,
-        temperature: float,
-        noise_keys: NDArray[np.uint32] | None = None,
-        self_conditioning: Any = None,
-        frozen: NDArray[np.int32] | None = None,
-    ) -> Denoised:
-        check_tokens(canvas, self.config)
-        noise = None
-        if noise_keys is not None:
-            positions = np.arange(canvas.shape[1], dtype=np.uint32)
-            noise = torch.from_numpy(bits(noise_keys[:, None], positions).view(np.int32)).to(self.device)
-        if isinstance(self_conditioning, Sequence):
-            self_conditioning = torch.cat(list(self_conditioning))
-        argmax, sampled, entropy, soft_embeddings = step(
+    def score(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        tokens, segments = self._stream(pieces)
+        unconditioned = [segment.start for segment in segments if not len(segment.cache)]
+        logprobs = self._to_numpy(score(self.model, tokens, segments))
+        logprobs[unconditioned] = np.nan
+        return [logprobs[segment.start : segment.stop] for segment in segments]
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        check_rows(rows, self.config)
+        given = Canvases.of(rows)
+        tokens, segments = self._stream(rows)
+        *statistics, soft_embeddings = step(
             self.model,
-            self._to_device(canvas),
-            cache,
-            temperature=temperature,
-            noise=noise,
-            soft_embeddings=self_conditioning,
-            frozen=None if frozen is None else self._to_device(frozen),
+            segments,
+            Inputs(
+                canvases=tokens,
+                temperature=self._to_device(given.temperature),
+                noise=None if given.noise is None else self._to_device(given.noise.view(np.int32)),
+                drawn=self._to_device(given.drawn),
+                soft_embeddings=self._soft_embeddings(rows),
+                frozen=None if given.frozen is None else self._to_device(given.frozen),
+            ),
         )
-        arrays = self._to_numpy(argmax.int()), self._to_numpy(sampled.int()), self._to_numpy(entropy)
-        return Denoised(*arrays, soft_embeddings)
+        signals = [soft_embeddings[start:stop] for start, stop, _ in segments]
+        return answers([self._to_numpy(each) for each in statistics], signals)
 
     @torch.inference_mode()
-    def score_canvas(self, canvas: NDArray[np.int32], cache: Cache) -> NDArray[np.float32]:
-        check_tokens(canvas, self.config)
-        tokens = self._to_device(canvas)
-        return self._to_numpy(logprobs(self.model, self.model.denoise(tokens, cache), tokens))
+    def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        check_rows(rows, self.config)
+        tokens, segments = self._stream(rows)
+        hidden = self.model.denoise(tokens, segments, self._soft_embeddings(rows))
+        temperature = self._to_device(Canvases.of(rows).temperature)
+        scores = self._to_numpy(logprobs(self.model, hidden, tokens, temperature))
+        return [scores[segment.start : segment.stop] for segment in segments]
 
     @torch.inference_mode()
     def logits(
-        self,
-        tokens: NDArray[np.int32],
-        cache: Cache,
-        *,
-        causal: bool = False,
-        self_conditioning: Any = None,
-        trace: list[NDArray[np.float32]] | None = None,
-    ) -> NDArray[np.float32]:
-        check_tokens(tokens, self.config)
+        self, parts: Sequence[Piece | Row], trace: list[list[NDArray[np.float32]]] | None = None
+    ) -> list[NDArray[np.float32]]:
+        tokens, segments = self._stream(parts)
         states: list[Tensor] = []
-        if causal:
-            hidden = self.model.encode(self._to_device(tokens), cache, states)
+        rows = [part for part in parts if isinstance(part, Row)]
+        if rows:
+            hidden = self.model.denoise(tokens, segments, self._soft_embeddings(rows), states)
         else:
-            hidden = self.model.denoise(self._to_device(tokens), cache, self_conditioning, states)
+            hidden = self.model.encode(tokens, segments, states)
         if trace is not None:
-            trace.extend(self._to_numpy(state.float()) for state in states)
-        return self._to_numpy(self.model.head(hidden))
+            trace += [[self._to_numpy(state[start:stop].float()) for state in states] for start, stop, _ in segments]
+        return [self._to_numpy(self.model.head(hidden[start:stop])) for start, stop, _ in segments]
 
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.startswith("cuda") else None
 
-    def _to_device(self, tokens: NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+    def _stream(self, parts: Sequence[Piece | Row]) -> tuple[Tensor, list[Segment]]:
+        """Tokens int64 [T], and which of them are whose."""
+        tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
+        for each in tokens:
+            check_tokens(each, self.config)
+        places = spans([len(each) for each in tokens])
+        caches = [cast(Cache, part.cache) for part in parts]
+        segments = [Segment(span.start, span.stop, cache) for span, cache in zip(places, caches, strict=True)]
+        return self._to_device(np.concatenate(tokens)).long(), segments
+
+    def _soft_embeddings(self, rows: Sequence[Row]) -> Tensor | None:
+        """The rows' self-conditioning [T, H], zeros for those without; None where none has any."""
+        known = [row.self_conditioning for row in rows if row.self_conditioning is not None]
+        if not known:
+            return None
+        nothing = known[0].new_zeros(1, known[0].shape[1])
+        signals = [(row.self_conditioning, len(row.canvas)) for row in rows]
+        return torch.cat([nothing.expand(length, -1) if signal is None else signal for signal, length in signals])
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     @staticmethod
     def _to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -1,135 +1,170 @@
-"""Keys and values of the committed positions.
+"""Keys and values of one text's committed positions, in buffers with room behind them.
 
-Tensors are concatenated, never written in place: a canvas sees what is committed without changing it, gradients flow through
-the cache in training, and the copy is small beside the weights that a step reads anyway.
+What is appended is written into the room, and so is each step's canvas, which leaves the committed positions as they are: a step
+copies no key, and its shapes stay the same within a block.
+
+Caches that fork share their buffers. The room behind a buffer's last committed position is anybody's to write into, since each
+pass writes before it reads; whoever commits first keeps it, and a fork that ended earlier copies what it holds before it writes.
+
+How much room there is, and where a sliding layer's buffer begins, is in backends/room.py.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from mlx_diffgemma.backends.room import Room
 from mlx_diffgemma.config import ModelConfig
 
 
-class LayerCache:
-    """Keys and values [B, H, S, D] of one layer. A sliding layer keeps what later positions can see: the last window - 1."""
+class Buffer:
+    """Keys and values [B, H, capacity, D] of a text from position ``first`` on, of which those before ``committed`` stay."""
 
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+    def __init__(self, first: int, capacity: int, keys: Tensor, values: Tensor) -> None:
+        self.first, self.committed, self.capacity = first, first, capacity
+        self.keys, self.values = _room(keys, capacity), _room(values, capacity)
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values at position ``start`` and behind it."""
+        span = slice(start - self.first, start - self.first + keys.shape[2])
+        self.keys[:, :, span], self.values[:, :, span] = keys, values
+
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at positions start .. end - 1, as views."""
+        span = slice(start - self.first, end - self.first)
+        return self.keys[:, :, span], self.values[:, :, span]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more positions, for all that share the buffer."""
+        held, self.capacity = self.committed - self.first, capacity
+        for name in ("keys", "values"):  # one after the other: no more than one of them is there twice
+            old = getattr(self, name)
+            new = _room(old, capacity)
+            new[:, :, :held] = old[:, :, :held]
+            setattr(self, name, new)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class LayerCache:
+    """One layer of a :class:`Cache`: a buffer, and how much of it is this text's."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.length = 0
+        self.buffer: Buffer | None = None
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What is kept, followed by ``keys`` and ``values``; the cache stays as it is."""
-        if self.keys is None or self.values is None:
-            return keys, values
-        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        """Write keys and values [B, H, N, D] behind the committed positions, and leave these as they are.
 
-    def repeated(self, rows: int) -> "LayerCache":
-        """A copy for ``rows`` rows of one row; nothing is written in place, so that the arrays are shared."""
-        other = LayerCache(self.window)
-        if self.keys is not None and self.values is not None:
-            other.keys, other.values = self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
-        return other
-
-    def joined(self, others: "Sequence[LayerCache]") -> "LayerCache":
-        """A copy with the rows of ``others`` behind its own."""
-        other = LayerCache(self.window)
-        other.keys = joined_rows([layer.keys for layer in (self, *others)])
-        other.values = joined_rows([layer.values for layer in (self, *others)])
-        return other
+        Returns:
+            What the new positions see besides each other, followed by them: keys and values [B, H, S, D].
+        """
+        end = self.length + keys.shape[2]
+        buffer = self._writable(end, keys, values)
+        buffer.write(self.length, keys, values)
+        return buffer.read(self.room.visible(self.length), end)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`extended`, and keep the new positions too."""
-        keys, values = self.extended(keys, values)
-        drop = max(0, keys.shape[2] - (self.window - 1)) if self.window else 0
-        # A slice would keep the whole of a long prompt alive.
-        self.keys, self.values = (keys[:, :, drop:].clone(), values[:, :, drop:].clone()) if drop else (keys, values)
-        return keys, values
+        """As :meth:`extended`, and commit the new positions."""
+        seen = self.extended(keys, values)
+        self.length += keys.shape[2]
+        assert self.buffer is not None
+        self.buffer.committed = self.length
+        if self.room.first(self.length) > self.buffer.first:
+            self._move(self.length)
+        return seen
 
-    def cut(self, length: int) -> "LayerCache":
-        """A copy of the first ``length`` positions of a full layer."""
-        other = LayerCache(self.window)
-        if self.keys is not None and self.values is not None:
-            other.keys, other.values = self.keys[:, :, :length], self.values[:, :, :length]
-        return other
+    def _writable(self, end: int, keys: Tensor, values: Tensor) -> Buffer:
+        """The buffer, with room up to position ``end`` that nobody has committed to."""
+        if self.buffer is None:
+            self.buffer = Buffer(0, self.room.capacity(self.length, end), keys, values)
+        elif self.buffer.committed > self.length:
+            self._move(end)
+        elif self.buffer.first + self.buffer.capacity < end:
+            self.buffer.grow(self.room.capacity(self.length, end))
+        return self.buffer
 
-    @property
-    def nbytes(self) -> int:
-        return sum(kept.numel() * kept.element_size() for kept in (self.keys, self.values) if kept is not None)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """What :meth:`Cache.windows` keeps: the sliding layers (None for a full one) and ``last`` at ``length`` positions."""
-
-    length: int
-    layers: list[LayerCache | None]
-    last: Tensor | None
-
-    def __len__(self) -> int:
-        return self.length
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers if layer is not None)
+    def _move(self, end: int) -> None:
+        """Copy what is this text's, and can still be seen, into a buffer of its own with room up to ``end``."""
+        old, start = self.buffer, self.room.visible(self.length)
+        assert old is not None
+        kept = old.read(start, self.length)
+        self.buffer = Buffer(self.room.first(self.length), self.room.capacity(self.length, end), *kept)
+        self.buffer.write(start, *kept)
+        self.buffer.committed = self.length
 
 
 class Cache:
-    """One :class:`LayerCache` a layer; ``len`` is the number of committed positions.
+    """One :class:`LayerCache` a layer.
 
-    ``last`` is the final hidden state [B, H] of the last of them, which says what token comes next; None where there is none.
+    Attributes:
+        length: committed positions.
+        last: the final hidden states [B, H] of the last of them, which say what token comes next; None where there is none.
+        rows: texts of one length that go through the graph side by side; 1, but for :class:`TrainingCache`.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int = 1) -> None:
-        self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None) for layer in config.layers]
-        self.batch_size = batch_size
+    rows = 1
+
+    def __init__(self, config: ModelConfig) -> None:
+        windows = [config.sliding_window if layer.is_sliding else None for layer in config.layers]
+        self.layers: Sequence[LayerCache] = [LayerCache(Room(window, config.canvas_length)) for window in windows]
         self.length = 0
         self.last: Tensor | None = None
 
     def __len__(self) -> int:
         return self.length
 
-    def repeated(self, rows: int) -> "Cache":
-        """A cache of ``rows`` rows that begins as this one of one row and goes on for itself."""
+    def fork(self) -> Self:
+        """A cache that begins as this one and goes on for itself."""
         other = copy.copy(self)
-        other.layers, other.batch_size = [layer.repeated(rows) for layer in self.layers], rows
-        other.last = None if self.last is None else self.last.expand(rows, -1)
+        other.layers = [copy.copy(layer) for layer in self.layers]
         return other
 
-    def joined(self, others: "Sequence[Cache]") -> "Cache":
-        """A cache of the rows of this one and then those of ``others``, of the same length, that goes on for itself."""
-        other, parts = copy.copy(self), (self, *others)
-        other.batch_size = sum(part.batch_size for part in parts)
-        other.layers = [layer.joined(layers) for layer, *layers in zip(*(part.layers for part in parts), strict=True)]
-        other.last = joined_rows([part.last for part in parts])
-        return other
-
-    def windows(self) -> Windows:
-        """What is lost once more is appended, for :meth:`cut`."""
-        layers = [layer.repeated(self.batch_size) if layer.window else None for layer in self.layers]
-        return Windows(self.length, layers, self.last)
-
-    def cut(self, windows: Windows) -> "Cache":
-        """A cache of the first ``len(windows)`` positions, which goes on for itself; ``windows`` are this one's own."""
-        other = copy.copy(self)
-        other.length, other.last = windows.length, windows.last
-        other.layers = [
-            layer.cut(windows.length) if window is None else window.repeated(self.batch_size)
-            for layer, window in zip(self.layers, windows.layers, strict=True)
-        ]
-        return other
+    def buffers(self) -> dict[int, int]:
+        """Bytes of each buffer, by its identity."""
+        return {id(layer.buffer): layer.buffer.nbytes for layer in self.layers if layer.buffer is not None}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of all buffers."""
+        return sum(self.buffers().values())
 
 
-def joined_rows(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Arrays of some rows each, one after the other; None where nothing is kept."""
-    kept = [part for part in parts if part is not None]
-    return torch.cat(kept) if kept else None
+class _Concatenated(LayerCache):
+    """Keys and values through which gradients flow: concatenated, never written in place."""
+
+    kept: tuple[Tensor, Tensor] | None = None  # from position ``first`` on
+    first = 0
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is None:
+            return keys, values
+        start = self.room.visible(self.length) - self.first
+        both = zip(self.kept, (keys, values), strict=True)
+        seen = [torch.cat([old[:, :, start:], new], dim=2) for old, new in both]
+        return seen[0], seen[1]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept, self.first = self.extended(keys, values), self.room.visible(self.length)
+        self.length += keys.shape[2]
+        return self.kept
+
+
+class TrainingCache(Cache):
+    """Of several texts of one length, which go through the graph side by side, with gradients."""
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        super().__init__(config)
+        self.rows = rows
+        self.layers = [_Concatenated(layer.room) for layer in self.layers]
+
+
+def _room(like: Tensor, capacity: int) -> Tensor:
+    """Room for ``capacity`` positions of keys or values [B, H, N, D]."""
+    return like.new_empty(*like.shape[:2], capacity, like.shape[3])

@@ -1,18 +1,33 @@
 """DiffusionGemma's text model in PyTorch.
 
-One stack of layers is run in two ways: causally, appending keys and values to the cache (*encode*), and over a canvas that
-sees the cache and the whole of itself (*denoise*). Attribute names are the checkpoint's. The MLX twin of this file has the
-same classes in the same order. B rows, L positions, H hidden size, V vocabulary, S cached and new positions together.
+One stack of layers is run in two ways: causally, appending keys and values to a cache (*encode*), and over a canvas that sees
+a cache and the whole of itself (*denoise*). What goes through it is a stream of T tokens [T, H], the stretches of any number of
+texts one behind the other; only attention knows which are whose. Attribute names are the checkpoint's. The MLX twin of this
+file has the same classes in the same order. H hidden size, V vocabulary, D the size of a head.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlx_diffgemma.backends.torch import attention
 from mlx_diffgemma.backends.torch.cache import Cache, LayerCache
-from mlx_diffgemma.config import SLIDING, LayerConfig, ModelConfig
+from mlx_diffgemma.config import LayerConfig, ModelConfig
+
+#: What one layer's attention knows of a text: its part of the stream, how many texts that are, and the layer's cache.
+Text = tuple[slice, int, LayerCache]
+
+
+class Segment(NamedTuple):
+    """One text's stretch of a stream: its tokens are those from ``start`` to ``stop`` - 1, and follow what is in ``cache``."""
+
+    start: int
+    stop: int
+    cache: Cache
 
 
 class Embedding(nn.Module):
@@ -46,19 +61,19 @@ class RMSNorm(nn.Module):
 
 
 class Rope:
-    """Cosines and sines [L, D] of one kind of layer, repeated over the two halves of the head."""
+    """Cosines and sines [T, 1, D] of one kind of layer, repeated over the two halves of the head."""
 
     def __init__(self, layer: LayerConfig) -> None:
         self.frequencies = torch.tensor(layer.rope.inverse_frequencies(layer.head_dim), dtype=torch.float32, device="cpu")
 
-    def tables(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-        angles = torch.outer(positions, self.frequencies.to(like.device)).repeat(1, 2)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """At positions float32 [T]. Angles, cosines and sines are computed in float32."""
+        angles = torch.outer(positions, self.frequencies.to(positions.device)).repeat(1, 2)[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, L, D]; the pairs are (i, i + D/2)."""
+    """Rotate x [T, heads, D]; the pairs are (i, i + D/2)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -78,18 +93,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self.v_norm = RMSNorm(layer.head_dim, config.rms_norm_eps, weighted=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache, mask: Tensor | None, *, causal: bool) -> Tensor:
-        queries = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)  # [B, heads, L, D]
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], texts: Sequence[Text], *, causal: bool) -> Tensor:
+        queries = rotate(self.q_norm(self._heads(self.q_proj(x))), *rope)  # [T, heads, D]
         keys = self._heads(self.k_proj(x))
-        values = keys if self.v_proj is None else self._heads(self.v_proj(x))
-        keys, values = self.k_norm(keys).transpose(1, 2), self.v_norm(values).transpose(1, 2)
-        queries, keys = rotate(queries, *rope), rotate(keys, *rope)
-        keys, values = cache.append(keys, values) if causal else cache.extended(keys, values)  # [B, heads, S, D]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0, enable_gqa=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        values = self.v_norm(keys if self.v_proj is None else self._heads(self.v_proj(x)))
+        keys = rotate(self.k_norm(keys), *rope)
+        mixed = [self._attend(queries[span], keys[span], values[span], rows, kept, causal=causal) for span, rows, kept in texts]
+        return self.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).flatten(1))
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rows: int, cache: LayerCache, *, causal: bool) -> Tensor:
+        """One text, or ``rows`` of one length: queries [T, heads, D] over what is in the cache and over themselves."""
+        queries, keys, values = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, N, D]
+        if causal:
+            mixed = attention.causal(queries, *cache.append(keys, values), cache.room.window)
+        else:
+            mixed = attention.bidirectional(queries, *cache.extended(keys, values))
+        return mixed.transpose(1, 2).flatten(0, 1)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # [B, L, heads, D]
+        return x.unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
 
 
 class MLP(nn.Module):
@@ -173,12 +195,11 @@ class Layer(nn.Module):
         self.layer_scalar = nn.Parameter(torch.ones(1))
         self.encoder_layer_scalar = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache, mask: Tensor | None, *, causal: bool) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, cache, mask, causal=causal)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], texts: Sequence[Text], *, causal: bool) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rope, texts, causal=causal)
         x = x + self.post_attention_layernorm(attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        tokens = x.flatten(0, 1)  # [T, H]
-        sparse = self.experts(self.pre_feedforward_layernorm_2(tokens), *self.router(tokens)).view_as(x)
+        sparse = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
         x = x + self.post_feedforward_layernorm(dense + self.post_feedforward_layernorm_2(sparse))
         return x * (self.encoder_layer_scalar if causal else self.layer_scalar)
 
@@ -209,27 +230,34 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ropes = {layer.layer_type: Rope(layer) for layer in config.layers}
 
-    def encode(self, tokens: Tensor, cache: Cache, trace: list[Tensor] | None = None) -> Tensor:
-        """Hidden states [B, N, H] of tokens [B, N], each of which sees those before it; appends them to the cache."""
-        x = self._run(self.embed(tokens), cache, trace, causal=True)
-        cache.length += tokens.shape[1]
-        cache.last = x[:, -1].clone()  # a slice would keep the whole alive
+    def encode(self, tokens: Tensor, segments: Sequence[Segment], trace: list[Tensor] | None = None) -> Tensor:
+        """Hidden states [T, H] of tokens [T], each of which sees those before it in its text; appends them to the caches."""
+        x = self._run(self.embed(tokens), segments, trace, causal=True)
+        for start, stop, cache in segments:
+            states = x[start:stop].unflatten(0, (cache.rows, -1))
+            cache.length += states.shape[1]
+            cache.last = states[:, -1].clone()  # a view would keep the whole alive
         return x
 
     def denoise(
-        self, canvas: Tensor, cache: Cache, soft_embeddings: Tensor | None = None, trace: list[Tensor] | None = None
+        self,
+        canvases: Tensor,
+        segments: Sequence[Segment],
+        soft_embeddings: Tensor | None = None,
+        trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, H] of a canvas [B, L] that sees the cache and all of itself."""
-        embeddings = self.embed(canvas)
+        """Hidden states [T, H] of canvases [T], each of which sees its cache and all of itself."""
+        embeddings = self.embed(canvases)
         signal = torch.zeros_like(embeddings) if soft_embeddings is None else soft_embeddings
-        return self._run(self.self_conditioning(embeddings, signal), cache, trace, causal=False)
+        return self._run(self.self_conditioning(embeddings, signal), segments, trace, causal=False)
 
-    def _run(self, x: Tensor, cache: Cache, trace: list[Tensor] | None, *, causal: bool) -> Tensor:
-        ropes = {kind: rope.tables(len(cache), x.shape[1], x) for kind, rope in self.ropes.items()}
-        masks = {kind: self._mask(x, cache, kind) if causal else None for kind in self.ropes}
+    def _run(self, x: Tensor, segments: Sequence[Segment], trace: list[Tensor] | None, *, causal: bool) -> Tensor:
+        positions = torch.cat([_positions(segment, x.device) for segment in segments])
+        ropes = {kind: rope.tables(positions, x.dtype) for kind, rope in self.ropes.items()}
         states = [x]
-        for layer, shape, kept in zip(self.layers, self.config.layers, cache.layers, strict=True):
-            x = layer(x, ropes[shape.layer_type], kept, masks[shape.layer_type], causal=causal)
+        for index, (layer, shape) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            texts = [(slice(start, stop), cache.rows, cache.layers[index]) for start, stop, cache in segments]
+            x = layer(x, ropes[shape.layer_type], texts, causal=causal)
             if trace is not None:
                 states.append(x)
         x = self.norm(x)
@@ -237,19 +265,11 @@ class TextModel(nn.Module):
             trace.extend([*states, x])
         return x
 
-    def _mask(self, x: Tensor, cache: Cache, layer_type: str) -> Tensor:
-        """Causal mask [N, S]: position q sees q - window + 1 .. q on a sliding layer, and 0 .. q on a full one."""
-        window = self.config.sliding_window if layer_type == SLIDING else len(cache) + x.shape[1]
-        kept = min(len(cache), window - 1)
-        queries = torch.arange(x.shape[1], device=x.device)[:, None] + kept
-        keys = torch.arange(kept + x.shape[1], device=x.device)[None, :]
-        return (keys <= queries) & (keys > queries - window)
-
     def embed(self, tokens: Tensor) -> Tensor:
         return self._scaled(self.embed_tokens(tokens))
 
     def soft_embeddings(self, probabilities: Tensor) -> Tensor:
-        """The embeddings' mean [B, L, H] under probabilities [B, L, V]."""
+        """The embeddings' mean [T, H] under probabilities [T, V]."""
         return self._scaled(self.embed_tokens.weighted_rows(probabilities))
 
     def _scaled(self, rows: Tensor) -> Tensor:
@@ -260,6 +280,12 @@ class TextModel(nn.Module):
         """Logits float32 [.., V] after the softcap, c * tanh(logits / c)."""
         cap = self.config.final_logit_softcapping
         return torch.tanh(self.embed_tokens.as_linear(hidden).float() / cap) * cap
+
+
+def _positions(segment: Segment, device: torch.device) -> Tensor:
+    """Positions float32 [stop - start] of a segment's tokens in their text."""
+    begin, rows = len(segment.cache), segment.cache.rows
+    return torch.arange(begin, begin + (segment.stop - segment.start) // rows, dtype=torch.float32, device=device).repeat(rows)
 
 
 def gelu(x: Tensor) -> Tensor:

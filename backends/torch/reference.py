@@ -5,15 +5,17 @@ graph is theirs, and its statistics share no code with the other backends.
 """
 
 import copy
+import inspect
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlx_diffgemma.backends import Denoised, check_tokens
+from mlx_diffgemma.backends import Denoised, Piece, Row, check_tokens
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.errors import BackendError, CheckpointError
 from mlx_diffgemma.noise import gumbel
@@ -60,73 +62,83 @@ class ReferenceCache:
     def __init__(self, config: Any) -> None:
         from transformers import DynamicCache
 
-        self.past_key_values = DynamicCache(config=config)
-        self.last: Tensor | None = None  # the final hidden state [B, 1, H] of the last position
+        self.kept = DynamicCache(config=config)
+        self.last: Tensor | None = None  # the final hidden state [1, H] of the last position
 
     def __len__(self) -> int:
-        return int(self.past_key_values.get_seq_length())
+        return int(self.kept.get_seq_length())
 
-    def repeated(self, rows: int) -> "ReferenceCache":
-        other = copy.deepcopy(self)
-        other.past_key_values.batch_repeat_interleave(rows)
-        other.last = None if self.last is None else self.last.expand(rows, -1, -1)
-        return other
+    def fork(self) -> "ReferenceCache":
+        return copy.deepcopy(self)
+
+    def buffers(self) -> dict[int, int]:
+        layers: list[Any] = self.kept.layers
+        arrays = [each for layer in layers for each in (layer.keys, layer.values) if each is not None]
+        return {id(array): array.nbytes for array in arrays}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.buffers().values())
 
 
 class ReferenceBackend:
-    name, device = "reference", "cpu"
+    """Takes one piece, or one row, after the other."""
+
+    name, device, exact_rows = "reference", "cpu", True
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: str) -> None:
-        self.model, self.config, self.dtype, self.exact_rows = model, checkpoint.config, dtype, False
+        self.model, self.config, self.dtype = model, checkpoint.config, dtype
+        # transformers 5.24 renamed it, and takes the older name until 5.40.
+        self._cache_name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
-    def new_cache(self, batch_size: int = 1) -> ReferenceCache:
+    def new_cache(self) -> ReferenceCache:
         return ReferenceCache(self.model.config.get_text_config(decoder=True))
 
     def peak_memory(self) -> None:
         return None  # on a CPU PyTorch keeps no count
 
     @torch.inference_mode()
-    def encode(self, tokens: NDArray[np.int32], cache: ReferenceCache, *, logits: bool = False) -> NDArray[np.float32] | None:
-        hidden = self._encode(tokens, cache)
-        return self._head(hidden[:, -1]).numpy() if logits else None
+    def encode(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            self._encode(piece)
 
     @torch.inference_mode()
-    def score(self, tokens: NDArray[np.int32], cache: ReferenceCache) -> NDArray[np.float32]:
-        before = cache.last
-        hidden = self._encode(tokens, cache)
-        before = torch.full_like(hidden[:, :1], torch.nan) if before is None else before
-        logits = self._head(torch.cat([before, hidden[:, :-1]], dim=1))
-        return _logprobs(logits, tokens)
+    def next_logits(self, caches: Sequence[ReferenceCache]) -> NDArray[np.float32]:
+        return np.concatenate([self._head(cache.last).numpy() for cache in caches if cache.last is not None])
 
     @torch.inference_mode()
-    def score_canvas(self, canvas: NDArray[np.int32], cache: ReferenceCache) -> NDArray[np.float32]:
-        return _logprobs(self._decode(canvas, cache, None), canvas)
+    def score(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        scores = []
+        for piece in pieces:
+            before = cast(ReferenceCache, piece.cache).last
+            hidden = self._encode(piece)
+            before = torch.full_like(hidden[:1], torch.nan) if before is None else before
+            scores.append(_logprobs(self._head(torch.cat([before, hidden[:-1]])), piece.tokens))
+        return scores
 
     @torch.inference_mode()
-    def denoise(
-        self,
-        canvas: NDArray[np.int32],
-        cache: ReferenceCache,
-        *,
-        temperature: float,
-        noise_keys: NDArray[np.uint32] | None = None,
-        self_conditioning: Any = None,
-        frozen: NDArray[np.int32] | None = None,
-    ) -> Denoised:
-        scores = self._decode(canvas, cache, self_conditioning) / temperature  # [B, L, V]
-        if frozen is not None:
-            template = np.broadcast_to(frozen, canvas.shape)
-            row, position = np.nonzero(template >= 0)
-            scores[row, position] = -torch.inf
-            scores[row, position, template[row, position]] = 0.0
+    def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        return [_logprobs(self._decode(row) / row.temperature, row.canvas) for row in rows]
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        return [self._denoise(row) for row in rows]
+
+    def _denoise(self, row: Row) -> Denoised:
+        scores = self._decode(row) / row.temperature  # [L, V]
+        if row.frozen is not None:
+            [positions] = np.nonzero(row.frozen >= 0)
+            scores[positions] = -torch.inf
+            scores[positions, row.frozen[positions]] = 0.0
         sampled = scores.argmax(dim=-1).numpy()
-        if noise_keys is not None:
-            tokens = np.arange(self.config.vocab_size, dtype=np.uint32)
-            drawn = [  # a position at a time bounds the memory
-                (scores[:, position].numpy() + gumbel(noise_keys[:, None], np.array(position, np.uint32), tokens)).argmax(axis=-1)
-                for position in range(canvas.shape[1])
-            ]
-            sampled = np.stack(drawn, axis=1)
+        if row.noise_key is not None:
+            tokens, key = np.arange(self.config.vocab_size, dtype=np.uint32), np.asarray(row.noise_key, np.uint32)
+            sampled = np.array(  # a position at a time bounds the memory
+                [
+                    (each.numpy() + gumbel(key, np.asarray(position, np.uint32), tokens)).argmax()
+                    for position, each in enumerate(scores)
+                ]
+            )
         return Denoised(
             argmax=scores.argmax(dim=-1).int().numpy(),
             sampled=sampled.astype(np.int32),
@@ -136,31 +148,32 @@ class ReferenceBackend:
 
     @torch.inference_mode()
     def logits(
-        self,
-        tokens: NDArray[np.int32],
-        cache: ReferenceCache,
-        *,
-        causal: bool = False,
-        self_conditioning: Any = None,
-        trace: list[NDArray[np.float32]] | None = None,
-    ) -> NDArray[np.float32]:
-        model = self.model.model.encoder.language_model if causal else self.model.model.decoder
-        states: list[NDArray[np.float32]] = []
-        with ExitStack() as hooks:
+        self, parts: Sequence[Piece | Row], trace: list[list[NDArray[np.float32]]] | None = None
+    ) -> list[NDArray[np.float32]]:
+        answers = []
+        for part in parts:
+            model = self.model.model.encoder.language_model if isinstance(part, Piece) else self.model.model.decoder
+            states: list[NDArray[np.float32]] = []
+            with ExitStack() as hooks:
+                if trace is not None:
+                    first = model.layers[0].register_forward_pre_hook(lambda _, given, kept=states: kept.append(_copy(given[0])))
+                    hooks.enter_context(first)
+                    for module in (*model.layers, model.norm):
+                        hook = module.register_forward_hook(lambda _, __, output, kept=states: kept.append(_copy(output)))
+                        hooks.enter_context(hook)
+                logits = self._head(self._encode(part)) if isinstance(part, Piece) else self._decode(part)
             if trace is not None:
-                hooks.enter_context(model.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(_copy(inputs[0]))))
-                for module in (*model.layers, model.norm):
-                    hooks.enter_context(module.register_forward_hook(lambda _, __, output: states.append(_copy(output))))
-            logits = self._head(self._encode(tokens, cache)) if causal else self._decode(tokens, cache, self_conditioning)
-        if trace is not None:
-            trace.extend(states)
-        answer: NDArray[np.float32] = logits.numpy()
-        return answer
+                trace.append(states)
+            answers.append(logits.numpy())
+        return answers
 
-    def _encode(self, tokens: NDArray[np.int32], cache: ReferenceCache) -> Tensor:
-        check_tokens(tokens, self.config)
-        hidden: Tensor = self.model.model.encoder(input_ids=_ids(tokens), past_key_values=cache.past_key_values).last_hidden_state
-        cache.last = hidden[:, -1:]
+    def _encode(self, piece: Piece) -> Tensor:
+        """Final hidden states [N, H]."""
+        check_tokens(piece.tokens, self.config)
+        cache = cast(ReferenceCache, piece.cache)
+        encoded = self.model.model.encoder(input_ids=_ids(piece.tokens)[None], **{self._cache_name: cache.kept})
+        hidden: Tensor = encoded.last_hidden_state[0]
+        cache.last = hidden[-1:]
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -168,16 +181,18 @@ class ReferenceBackend:
         cap = self.model.final_logit_softcapping
         return cap * torch.tanh(self.model.lm_head(hidden).float() / cap)
 
-    def _decode(self, canvas: NDArray[np.int32], cache: ReferenceCache, self_conditioning: Tensor | None) -> Tensor:
-        check_tokens(canvas, self.config)
-        if not len(cache):
+    def _decode(self, row: Row) -> Tensor:
+        """Logits [L, V] of a canvas."""
+        check_tokens(row.canvas, self.config)
+        if not len(row.cache):
             raise BackendError("the reference has no canvas without a prompt; encode one first")
+        signal = row.self_conditioning
         logits: Tensor = self.model(
-            decoder_input_ids=_ids(canvas),
-            past_key_values=cache.past_key_values,
-            self_conditioning_logits=self_conditioning,
+            decoder_input_ids=_ids(row.canvas)[None],
+            self_conditioning_logits=None if signal is None else signal[None],
+            **{self._cache_name: cast(ReferenceCache, row.cache).kept},
         ).logits
-        return logits
+        return logits[0]
 
 
 def _ids(tokens: NDArray[np.int32]) -> Tensor:
@@ -185,11 +200,11 @@ def _ids(tokens: NDArray[np.int32]) -> Tensor:
 
 
 def _logprobs(logits: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Log-probability [B, N] of tokens [B, N] under logits [B, N, V]."""
-    logprobs: NDArray[np.float32] = logits.log_softmax(dim=-1).gather(2, _ids(tokens)[..., None])[..., 0].numpy()
+    """Log-probability [N] of tokens [N] under logits [N, V]."""
+    logprobs: NDArray[np.float32] = logits.log_softmax(dim=-1).gather(1, _ids(tokens)[:, None])[:, 0].numpy()
     return logprobs
 
 
 def _copy(state: Tensor) -> NDArray[np.float32]:
-    copied: NDArray[np.float32] = state.float().numpy().copy()
+    copied: NDArray[np.float32] = state[0].float().numpy().copy()
     return copied

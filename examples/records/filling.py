@@ -7,7 +7,8 @@ from vocabulary import BOS, END_OF_TURN, PAD
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.editing.infilling import Candidate, Hole, infill
+from mlx_diffgemma.editing import infilling
+from mlx_diffgemma.editing.infilling import Candidate, Frame, Hole
 
 
 def fill(
@@ -22,7 +23,7 @@ def fill(
     template: list[list[int] | Hole] = [[BOS, *to_tokens(known[0])]]
     for value, behind in zip(values, known[1:], strict=True):
         template += [lengths or Hole(len(value), len(value)), to_tokens(behind)]
-    return infill(backend, template, config, seed=seed, ending=(END_OF_TURN, PAD))
+    return infilling.fill(backend, template, config, seed=seed, frame=Frame((END_OF_TURN, PAD)), batch="fast")
 
 
 def is_right(candidate: Candidate, record: Record, cut: Sequence[str]) -> bool:

@@ -30,8 +30,9 @@ from mlx_diffgemma.backends import Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo.sudoku import to_tokens
-from mlx_diffgemma.editing.infilling import Hole, infill
-from mlx_diffgemma.editing.revising import proofread, revise
+from mlx_diffgemma.editing.infilling import Frame, Hole, fill
+from mlx_diffgemma.editing.proofreading import second_look
+from mlx_diffgemma.editing.revising import Original, rewrite
 
 STRENGTHS = tuple(tenth / 10 for tenth in range(11))
 #: Cells of the draft that are wrong before it is revised.
@@ -60,7 +61,8 @@ def revised(
     """Share of the answers that are the solution, and mean steps."""
     prompts, answers, steps, solved = prompt_tokens(puzzles), canvas_tokens(solutions), [], []
     for index, draft in enumerate(canvas_tokens(drafts)):
-        tokens, _, taken = revise(backend, prompts[index : index + 1], draft, config, strength=strength, seed=seed + index)
+        original = Original(prompts[index], draft, np.zeros(len(draft), bool))
+        tokens, _, taken = rewrite(backend, original, config, strength=strength, seed=seed + index)
         solved.append(bool((tokens == answers[index]).all()))
         steps.append(sum(taken))
     return {"solved": float(np.mean(solved)), "denoising_steps": float(np.mean(steps))}
@@ -70,11 +72,11 @@ def proofread_all(
     backend: Backend, config: GenerationConfig, puzzles: Grids, solutions: Grids, count: int, seed: int
 ) -> dict[str, float]:
     """Recall and precision over all puzzles together."""
-    drafts = with_errors(puzzles, solutions, count, seed)
+    prompts, drafts = prompt_tokens(puzzles), with_errors(puzzles, solutions, count, seed)
     doubted = np.zeros(drafts.shape, bool)
     corrected = 0
     for index, cells in enumerate(to_tokens(drafts)):
-        argmax, _, _ = proofread(backend, prompt_tokens(puzzles[index : index + 1]), cells, config, ending=ENDING)
+        argmax, _, _ = second_look(backend, prompts[index], cells, config, ending=ENDING)
         doubted[index] = argmax != cells
         corrected += int((argmax == to_tokens(solutions[index]))[drafts[index] != solutions[index]].sum())
     wrong = drafts != solutions
@@ -107,14 +109,16 @@ def rows_filled(
     """
     size = isqrt(puzzles.shape[1])
     rng = np.random.default_rng([seed, rows])
+    prompts = prompt_tokens(puzzles)
     right, cells, lengths, steps = [], [], [], []
     for index, solution in enumerate(to_tokens(solutions)):
         start = int(rng.integers(size - rows + 1)) * size
         end = start + rows * size
-        prefix = [*prompt_tokens(puzzles[index : index + 1])[0].tolist(), *solution[:start].tolist()]
+        prefix = [*prompts[index].tolist(), *solution[:start].tolist()]
         hole = Hole(end - start - slack, end - start + slack)
         template = [prefix, hole, solution[end:].tolist()]
-        best = infill(backend, template, config, seed=seed + index, ending=ENDING, in_canvas=start if whole else 0)[0]
+        frame = Frame(ENDING, in_canvas=start if whole else 0)
+        best = fill(backend, template, config, seed=seed + index, frame=frame, batch="fast")[0]
         written: NDArray[np.int32] = np.array(best.holes[0], np.int32)
         same_length = len(written) == end - start
         lengths.append(same_length)

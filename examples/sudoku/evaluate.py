@@ -11,6 +11,7 @@ model, one token at a time.
 import argparse
 import json
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,21 @@ from rich.table import Table
 from solving import Solved, canvas_tokens, solve
 from vocabulary import prompt_tokens
 
-from mlx_diffgemma.backends import Backend, load_backend
+from mlx_diffgemma.backends import Backend, Piece, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo.sudoku import fresh_puzzle, to_tokens
 from mlx_diffgemma.sampler import FREE
 
-#: Puzzles that are solved one by one, as a frozen template holds for a whole batch.
-SINGLE = 50
+#: Puzzles that are also solved with their clues frozen.
+FROZEN = 50
 
 #: Cells of the solution that are replaced by wrong digits for a warm start.
 WRONG_CELLS = 4
 
 
 def diffusion(result: Solved) -> dict[str, float]:
-    """Rates and means of one batch."""
+    """Rates and means over all puzzles."""
     return {
         "solve_rate": float(result.solved.mean()),
         "denoising_steps": float(result.steps.mean()),
@@ -48,17 +49,19 @@ def diffusion(result: Solved) -> dict[str, float]:
 def self_correction(result: Solved, puzzles: Grids, solutions: Grids) -> dict[str, int]:
     """Empty cells that the sampler accepted with one token and committed with another, and how many of these ended right.
 
-    The token that a step accepts is in the canvas of the next. ``wrong_when_accepted`` counts the cells that were at some
-    step accepted with a wrong token, whatever became of them.
+    The token that a step accepts is in the canvas of the next; what a puzzle's last step accepts does not count, as its likeliest
+    tokens are committed. ``wrong_when_accepted`` counts the cells that were at some step accepted with a wrong token, whatever
+    became of them.
     """
     cells = puzzles.shape[1]
     empty, right, final = puzzles == 0, to_tokens(solutions), result.tokens[:, :cells]
     changed, wrong = np.zeros(empty.shape, bool), np.zeros(empty.shape, bool)
-    for draft, following in zip(result.drafts, result.drafts[1:], strict=False):
-        accepted = draft.accepted[:, :cells] & draft.active[:, None] & empty
-        token = following.canvas[:, :cells]
-        changed |= accepted & (token != final)
-        wrong |= accepted & (token != right)
+    for index, drafts in enumerate(result.drafts):
+        for draft, following in pairwise(drafts):
+            accepted = draft.accepted[:cells] & empty[index]
+            token = following.canvas[:cells]
+            changed[index] |= accepted & (token != final[index])
+            wrong[index] |= accepted & (token != right[index])
     return {
         "empty_cells": int(empty.sum()),
         "wrong_when_accepted": int(wrong.sum()),
@@ -80,20 +83,15 @@ def warm_start(backend: Backend, puzzles: Grids, solutions: Grids, config: Gener
 
 
 def frozen_clues(backend: Backend, puzzles: Grids, solutions: Grids, config: GenerationConfig, seed: int) -> dict[str, float]:
-    """The first :data:`SINGLE` puzzles with their clues frozen in the canvas, and the same puzzles without."""
-    solved, steps = [], []
-    puzzles, solutions = puzzles[:SINGLE], solutions[:SINGLE]
-    for index in range(len(puzzles)):
-        row = slice(index, index + 1)
-        template = np.where(puzzles[index] > 0, to_tokens(puzzles[index]), FREE).astype(np.int32)
-        result = solve(backend, puzzles[row], solutions[row], config, seed=seed + index, frozen=template)
-        solved.append(bool(result.solved[0]))
-        steps.append(int(result.steps[0]))
+    """The first :data:`FROZEN` puzzles with their clues frozen in the canvas, and the same puzzles without."""
+    puzzles, solutions = puzzles[:FROZEN], solutions[:FROZEN]
+    templates = np.where(puzzles > 0, to_tokens(puzzles), FREE).astype(np.int32)
+    frozen = solve(backend, puzzles, solutions, config, seed=seed, frozen=templates)
     free = solve(backend, puzzles, solutions, config, seed=seed)
     return {
         "puzzles": len(puzzles),
-        "solve_rate": float(np.mean(solved)),
-        "denoising_steps": float(np.mean(steps)),
+        "solve_rate": float(frozen.solved.mean()),
+        "denoising_steps": float(frozen.steps.mean()),
         "solve_rate_unfrozen": float(free.solved.mean()),
         "denoising_steps_unfrozen": float(free.steps.mean()),
     }
@@ -103,19 +101,17 @@ def causal(backend: Backend, puzzles: Grids, solutions: Grids) -> dict[str, floa
     """The weights as a causal language model: nats a token of the true continuation, up to the end of the turn, and the solve
     rate of the likeliest token at a time."""
     cells = puzzles.shape[1]
-    prompt, answer = prompt_tokens(puzzles), canvas_tokens(solutions)[:, : cells + 1]
-    logits = backend.logits(np.concatenate([prompt, answer[:, :-1]], axis=1), backend.new_cache(len(prompt)), causal=True)
-    logits = logits[:, -answer.shape[1] :].astype(np.float64)
-    log_sums = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    loss = log_sums - np.take_along_axis(logits, answer[..., None].astype(np.int64), axis=-1)[..., 0]
+    prompts, answers = prompt_tokens(puzzles), canvas_tokens(solutions)[:, : cells + 1]
+    texts = np.concatenate([prompts, answers], axis=1)
+    logprobs = np.stack(backend.score([Piece(text, backend.new_cache()) for text in texts]))[:, prompts.shape[1] :]
 
-    cache, token, right = backend.new_cache(len(prompt)), prompt, np.ones(len(prompt), bool)
+    caches, tokens, right = [backend.new_cache() for _ in prompts], prompts, np.ones(len(prompts), bool)
     for position in range(cells):
-        scores = backend.encode(token, cache, logits=True)
-        assert scores is not None
-        token = scores.argmax(axis=-1).astype(np.int32)[:, None]
-        right &= token[:, 0] == answer[:, position]
-    return {"loss": float(loss.mean()), "solve_rate": float(right.mean()), "forward_passes": cells}
+        backend.encode([Piece(new, cache) for new, cache in zip(tokens, caches, strict=True)])
+        tokens = backend.next_logits(caches).argmax(axis=-1).astype(np.int32)[:, None]
+        right &= tokens[:, 0] == answers[:, position]
+    loss = -logprobs.mean(dtype=np.float64)
+    return {"loss": float(loss), "solve_rate": float(right.mean()), "forward_passes": cells}
 
 
 def agreement(results: Iterable[Solved]) -> float:

@@ -20,8 +20,8 @@ from solving import canvas_tokens
 from torch import Tensor
 from vocabulary import VOCABULARY, prompt_tokens
 
-from mlx_diffgemma.backends.torch.cache import Cache
-from mlx_diffgemma.backends.torch.model import TextModel
+from mlx_diffgemma.backends.torch.cache import TrainingCache
+from mlx_diffgemma.backends.torch.model import Segment, TextModel
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,26 @@ def noisy_batch(
 
 def losses(model: TextModel, batch: Batch) -> Losses:
     """Both losses of a batch, with gradients to every parameter; the signal's probabilities have none."""
-    cache = Cache(model.config, len(batch.prompt))
-    prompt = model.encode(batch.prompt, cache)
+    rows = len(batch.prompt)
+    cache = TrainingCache(model.config, rows)
+
+    def stream(tokens: Tensor) -> tuple[Tensor, list[Segment]]:
+        """Tokens [B, N] as the graph takes them: one row behind the other."""
+        return tokens.flatten(), [Segment(0, tokens.numel(), cache)]
+
+    prompt = model.encode(*stream(batch.prompt))
     signal = None
     if batch.self_conditioned:
         with torch.no_grad():
-            probabilities = model.head(model.denoise(batch.noisy, cache)).softmax(dim=-1)
+            probabilities = model.head(model.denoise(*stream(batch.noisy))).softmax(dim=-1)
         signal = model.soft_embeddings(probabilities)
-    canvas = model.head(model.denoise(batch.noisy, cache, signal))
-    solution = model.encode(batch.target, cache)  # only now: the canvas must not see it
-    causal = model.head(torch.cat([prompt, solution], dim=1)[:, :-1])
+    canvas = model.head(model.denoise(*stream(batch.noisy), signal))
+    solution = model.encode(*stream(batch.target))  # only now: the canvas must not see it
+    hidden = torch.cat([states.unflatten(0, (rows, -1)) for states in (prompt, solution)], dim=1)  # [B, N + L, H]
+    causal = model.head(hidden[:, :-1])
     following = torch.cat([batch.prompt, batch.target], dim=1)[:, 1:]
     return Losses(_cross_entropy(canvas, batch.target), _cross_entropy(causal, following))
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), tokens.flatten())

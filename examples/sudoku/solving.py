@@ -1,5 +1,6 @@
-"""What a canvas holds, and many puzzles at once through a backend and the sampler."""
+"""What a canvas holds, and many puzzles side by side through a backend and the sampler."""
 
+import time
 from dataclasses import dataclass
 from math import isqrt
 
@@ -11,7 +12,10 @@ from vocabulary import END_OF_TURN, PAD, prompt_tokens
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo.sudoku import from_tokens, to_tokens
-from mlx_diffgemma.sampler import Block, Draft, block_diffusion
+from mlx_diffgemma.sampler import Block, Draft, Text, diffuse
+
+#: Puzzles that go through the model in one pass.
+MAX_BATCH = 64
 
 
 def canvas_length(size: int) -> int:
@@ -37,15 +41,15 @@ class Solved:
         solved: bool [n]. A puzzle has one solution, so that all cells must equal it.
         steps: int [n], denoising steps.
         new_tokens: int [n], up to and with the end token.
-        drafts: one a denoising step, if they were asked for.
-        seconds: wall time of all forward passes.
+        drafts: of each puzzle one a denoising step, if they were asked for.
+        seconds: wall time of all of it.
     """
 
     tokens: NDArray[np.int32]
     solved: NDArray[np.bool_]
     steps: NDArray[np.int64]
     new_tokens: NDArray[np.int64]
-    drafts: list[Draft]
+    drafts: list[list[Draft]]
     seconds: float
 
 
@@ -60,31 +64,40 @@ def solve(
     frozen: NDArray[np.int32] | None = None,
     keep_drafts: bool = False,
 ) -> Solved:
-    """Solve puzzles int8 [n, cells] in one batch of one canvas; row i has the seed ``seed`` + i.
+    """Solve puzzles int8 [n, cells] in a canvas each, many in a pass; puzzle i has the seed ``seed`` + i.
 
     Args:
-        canvas, frozen: as in :func:`mlx_diffgemma.sampler.block_diffusion`.
+        canvas, frozen: int32 [n, P], of each puzzle what :class:`~mlx_diffgemma.sampler.Text` says.
     """
     length = config.canvas_length or backend.config.canvas_length
-    seeds = range(seed, seed + len(puzzles))
-    events = block_diffusion(
-        backend, prompt_tokens(puzzles), config.replace(max_new_tokens=length), seed=seeds, canvas=canvas, frozen=frozen
-    )
-    drafts: list[Draft] = []
-    for event in events:
+    texts = [
+        Text(
+            prompt,
+            seed + index,
+            canvas=None if canvas is None else canvas[index],
+            frozen=None if frozen is None else frozen[index],
+        )
+        for index, prompt in enumerate(prompt_tokens(puzzles))
+    ]
+    blocks: dict[int, Block] = {}
+    drafts: list[list[Draft]] = [[] for _ in texts]
+    started = time.perf_counter()
+    for index, event in diffuse(backend, texts, config.replace(max_new_tokens=length), batch="fast", max_batch=MAX_BATCH):
         if isinstance(event, Block):
-            block = event
+            blocks[index] = event
         elif keep_drafts:
-            drafts.append(event)
+            drafts[index].append(event)
+    seconds = time.perf_counter() - started
+    written = [blocks[index] for index in range(len(texts))]
+    tokens = np.stack([block.tokens for block in written])
     cells = puzzles.shape[1]
-    answers = from_tokens(block.tokens[:, :cells], isqrt(cells))
-    is_end = np.isin(block.tokens, config.eos_token_ids)
-    new_tokens = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, length)
+    answers = from_tokens(tokens[:, :cells], isqrt(cells))
+    is_end = np.isin(tokens, config.eos_token_ids)
     return Solved(
-        tokens=block.tokens,
+        tokens=tokens,
         solved=(answers == solutions).all(axis=1),
-        steps=block.steps,
-        new_tokens=new_tokens,
+        steps=np.array([block.steps for block in written]),
+        new_tokens=np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, length),
         drafts=drafts,
-        seconds=block.encode_seconds + block.denoise_seconds,
+        seconds=seconds,
     )

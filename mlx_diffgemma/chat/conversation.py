@@ -5,15 +5,15 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.chat.reply import Event, Reply, check_room, reply
-from mlx_diffgemma.config import CausalConfig, GenerationConfig
+from mlx_diffgemma.chat.reply import Reply, ReplyEvent, reply
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.pipeline import DiffusionGemma, sampling_options
-from mlx_diffgemma.prefix_cache import Context, PrefixCache, read
+from mlx_diffgemma.options import SamplerOptions, spelled_out
+from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.writing import Content, Part, Reasoning, ToolCall, Writing, fresh_seed, sampling_config
 
 #: Says in a saved file what it is.
 FORMAT = "mlx-diffgemma conversation"
@@ -22,8 +22,8 @@ FORMAT = "mlx-diffgemma conversation"
 class Conversation:
     """Turns of a user, or of tools, and of a model.
 
-    What a turn adds is all that is encoded for it, where the chat template writes the earlier turns as they were; thoughts it
-    leaves out, and then it begins behind the last prompt.
+    Only what a turn adds is encoded for it, where the chat template writes the earlier turns as they were. Where it leaves a
+    thought out, what follows the last prompt is encoded again.
 
     Args:
         system: instructions before the first turn.
@@ -49,6 +49,7 @@ class Conversation:
         self.kept = PrefixCache() if kept is None else kept
         self.messages: list[dict[str, Any]] = []
 
+    @spelled_out
     def send(
         self,
         message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -59,8 +60,8 @@ class Conversation:
         settled: Settled | None = None,
         logprobs: bool = False,
         stopping: Callable[[], bool] = bool,
-        **sampler: Any,
-    ) -> Generator[Event]:
+        **options: Unpack[SamplerOptions],
+    ) -> Generator[ReplyEvent]:
         """Add a turn, and have the model reply.
 
         When the reply is finished it is the last of the messages. Where reading stops before that, what has come of it so far
@@ -69,42 +70,44 @@ class Conversation:
         Args:
             message: the user's text; or a message, such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or
                 several.
-            mode, seed, stop, settled, logprobs, stopping, sampler: as in :func:`~mlx_diffgemma.chat.reply.reply`.
+            mode, seed, stop, settled, logprobs, options: as in :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`.
+            stopping: asked after each block or token; true ends the reply there, with "length".
 
         Yields:
-            What :func:`~mlx_diffgemma.chat.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next turn.
+            What :func:`~mlx_diffgemma.chat.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next
+            turn.
 
         Raises:
             InputError: when the first event is asked for; the conversation stays as it was.
         """
-        config = sampling_options(self.model.checkpoint.generation, mode, sampler)
+        writing = Writing(
+            config=sampling_config(self.model.checkpoint.generation, mode, options),
+            seed=fresh_seed() if seed is None else seed,
+            stop=tuple(stop),
+            settled=settled,
+            logprobs=logprobs,
+        )
         if isinstance(message, str):
             if not message.strip():
                 raise InputError("the message is empty")
             message = {"role": "user", "content": message}
         before = len(self.messages)
         self.messages += [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
-        said: list[Reasoning | Content | ToolCall] = []
+        said: list[Part] = []
         try:
-            context = self._read(config)
-            for event in reply(
-                self.model,
-                context,
-                mode=mode,
-                seed=seed,
-                stop=stop,
-                settled=settled,
-                logprobs=logprobs,
-                prompt_text=self.prompt(),
-                kept=self.kept,
-                stopping=stopping,
-                **sampler,
-            ):
-                if isinstance(event, Reply):
-                    said = [Reasoning(event.reasoning), Content(event.content), *event.tool_calls]
-                elif isinstance(event, Reasoning | Content | ToolCall):
-                    said.append(event)
-                yield event
+            context = self._read(writing)
+            try:
+                for event in reply(self.model, context, writing, stopping=stopping):
+                    if isinstance(event, Reply):
+                        said = [Reasoning(event.reasoning), Content(event.content), *event.tool_calls]
+                        finished = event
+                    elif isinstance(event, Reasoning | Content | ToolCall):
+                        said.append(event)
+                    yield event
+                step = writing.step(self.model.backend.config)
+                settle(self.model.backend, context, finished.tokens, self.model.piece_rule, self.kept, step=step)
+            finally:
+                self.kept.recount(context.cache)
         finally:
             if said:
                 self.messages.append(self._answer(said))
@@ -115,17 +118,16 @@ class Conversation:
         """What the chat template makes of the messages so far."""
         return self.model.tokenizer.render(self._all(), tools=self.tools, enable_thinking=self.thinking)
 
-    def _read(self, config: GenerationConfig | CausalConfig) -> Context:
-        tokenizer = self.model.tokenizer
-        ids = tokenizer.chat(self._all(), tools=self.tools, enable_thinking=self.thinking, escape=True)
+    def _read(self, writing: Writing) -> Context:
+        ids = self.model.tokenizer.chat(self._all(), tools=self.tools, enable_thinking=self.thinking)
         tokens = self.model.prompt_ids(ids)
-        check_room(self.model.backend.config, config, tokens)  # before a long prompt is read
-        return read(self.model.backend, tokens, self.kept, end_of_turn_id=tokenizer.end_of_turn_id)
+        writing.check(self.model.backend.config, tokens)  # before a long prompt is read
+        return read(self.model.backend, tokens, self.model.piece_rule, self.kept)
 
     def _all(self) -> list[dict[str, Any]]:
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
 
-    def _answer(self, said: Sequence[Reasoning | Content | ToolCall]) -> dict[str, Any]:
+    def _answer(self, said: Sequence[Part]) -> dict[str, Any]:
         """The assistant's message of what it said."""
         answer: dict[str, Any] = {
             "role": "assistant",

@@ -26,67 +26,34 @@ import json
 import math
 import re
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
-_CHANNEL, _CHANNEL_END, _CALL, _CALL_END, _QUOTE = "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'
-_ENDS = ("<|turn>", "<turn|>", "<|tool_response>")
-_OF_PROMPTS = ("<tool_response|>", "<|think|>", "<|tool>", "<tool|>")
-_MEDIA = ("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>")
-
-#: Gemma 4's markup. Each begins with "<", ends with ">" and has neither in between, so that no two overlap.
-MARKERS = (_CHANNEL, _CHANNEL_END, _CALL, _CALL_END, _QUOTE, *_ENDS, *_OF_PROMPTS, *_MEDIA)
+from mlx_diffgemma.prompts import CALL, CALL_END, CHANNEL, CHANNEL_END, MARKERS, QUOTE, RESPONSE, TURN, TURN_END
+from mlx_diffgemma.writing import Content, Part, Reasoning, ToolCall
 
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _LONGEST = max(map(len, MARKERS))
 _HEADING = "thought\n"
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A stretch of the thinking channel."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Content:
-    """A stretch of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call of the function ``name``. The arguments are JSON: str, int, finite float, bool, None, list and dict."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-#: What a reply consists of. Stretches of one kind that follow each other are one text.
-Part = Reasoning | Content | ToolCall
+_ENDS = (TURN, TURN_END, RESPONSE)
 
 
 class ReplyParser:
     """Reads a reply's text in pieces. The parts do not depend on where it is cut, but for where a text's stretches end.
 
     Args:
-        prompt: the prompt as the chat template wrote it. If its last marker opens a channel, the reply begins in a thought.
+        thought: what the prompt holds already of a thought in which the reply begins, from its heading on; None where it begins
+            in none.
     """
 
-    def __init__(self, prompt: str = "") -> None:
+    def __init__(self, thought: str | None = None) -> None:
         self._text, self._at = "", 0  # what has not been read is behind _at
         self._call: _Call | None = None  # being read, from _at on
         self._ended = False
         self._tails = {Reasoning: "", Content: ""}  # the end of what has been shown of each kind
-        self._begin(Content)
-        marker = prompt.rfind(_CHANNEL)
-        if marker >= 0 and not _MARKER.search(prompt, marker + len(_CHANNEL)):
-            heading = prompt[marker + len(_CHANNEL) :]
-            self._begin(Reasoning)
-            if _is_unfinished_heading(heading):
-                self._held = heading
+        self._begin(Content if thought is None else Reasoning)
+        if thought is not None:
+            if _is_unfinished_heading(thought):
+                self._held = thought
             else:
                 self._fresh = False
 
@@ -142,11 +109,11 @@ class ReplyParser:
         return start if unfinished else len(self._text)
 
     def _obey(self, marker: str) -> None:
-        if marker == _CHANNEL:
+        if marker == CHANNEL:
             self._begin(Reasoning)
-        elif marker == _CHANNEL_END and self._kind is Reasoning:
+        elif marker == CHANNEL_END and self._kind is Reasoning:
             self._begin(Content, strip=True)
-        elif marker == _CALL:
+        elif marker == CALL:
             self._call = _Call()
 
     def _readable(self, text: str) -> str:
@@ -190,8 +157,8 @@ def _is_unfinished_heading(text: str) -> bool:
 _Token = tuple[str, str]
 
 _TOKEN = re.compile(
-    rf"""\s*+(?:(?P<quote>{re.escape(_QUOTE)})
-    |(?P<sign>[{{}}\[\],:]|{re.escape(_CALL_END)})
+    rf"""\s*+(?:(?P<quote>{re.escape(QUOTE)})
+    |(?P<sign>[{{}}\[\],:]|{re.escape(CALL_END)})
     |(?P<word>[^<{{}}\[\],:]++)(?=[<{{}}\[\],:]))""",
     re.VERBOSE,
 )
@@ -228,12 +195,12 @@ def _next_token(text: str, start: int) -> tuple[_Token, int] | None:
     match = _TOKEN.match(text, start)
     if match is None:
         rest = text[start:].lstrip()
-        if rest.startswith("<") and not any(marker.startswith(rest) for marker in (_QUOTE, _CALL_END)):
+        if rest.startswith("<") and not any(marker.startswith(rest) for marker in (QUOTE, CALL_END)):
             raise ValueError
         return None
     if match["quote"]:
-        end = text.find(_QUOTE, match.end())
-        return None if end < 0 else (("string", text[match.end() : end]), end + len(_QUOTE))
+        end = text.find(QUOTE, match.end())
+        return None if end < 0 else (("string", text[match.end() : end]), end + len(QUOTE))
     return (("sign", match["sign"]) if match["sign"] else ("word", match["word"].rstrip())), match.end()
 
 
@@ -246,7 +213,7 @@ def _read_call() -> Generator[None, _Token, ToolCall]:
         raise ValueError
     _expect((yield), "sign", "{")
     arguments = yield from _read_object(1)
-    _expect((yield), "sign", _CALL_END)
+    _expect((yield), "sign", CALL_END)
     return ToolCall(name, arguments)
 
 

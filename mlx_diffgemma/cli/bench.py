@@ -15,11 +15,18 @@ from mlx_diffgemma.reports import speed
 
 @click.command(short_help="Measure speed and memory.")
 @source_options
-@click.option("--prompt-length", type=int, default=512, show_default=True, metavar="N", help="Random prompt tokens.")
 @click.option(
-    "--repeats", type=int, default=5, show_default=True, metavar="N", help="Measurements of the prompt, the step and the token."
+    "--prompt-length", type=int, default=speed.PROMPT_LENGTH, show_default=True, metavar="N", help="Random prompt tokens."
 )
-@click.option("--warmup", type=int, default=1, show_default=True, metavar="N", help="Runs before those that count.")
+@click.option(
+    "--repeats",
+    type=int,
+    default=speed.REPEATS,
+    show_default=True,
+    metavar="N",
+    help="Measurements of the prompt, the step and the token.",
+)
+@click.option("--warmup", type=int, default=speed.WARMUP, show_default=True, metavar="N", help="Runs before those that count.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens and the sampler.")
 @sampler_options
 @backend_options

@@ -15,8 +15,7 @@ from rich.console import Console
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.chat.conversation import Conversation
-from mlx_diffgemma.chat.markup import Content, Part, Reasoning, ToolCall
-from mlx_diffgemma.chat.reply import Event, Reply
+from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import mode_option, no_live_option
 from mlx_diffgemma.cli.live import Decode, LivePage, live_console, printable
@@ -24,11 +23,12 @@ from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_o
 from mlx_diffgemma.cli.repl import FILE, Terminal, lines
 from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.errors import DiffGemmaError, InputError
-from mlx_diffgemma.pipeline import MODES, DiffusionGemma, sampling_options
+from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.writing import MODES, Content, Part, Reasoning, ToolCall, sampling_config
 
 #: Is shown every event of a reply, as it happens.
-View = Callable[[Event], None]
+View = Callable[[ReplyEvent], None]
 
 _SEEDS = 2**64
 
@@ -79,11 +79,11 @@ def chat(
     if file is not None and system is not None:
         raise InputError("--system begins a new chat, and --load goes on with an old one; leave out one of them")
     checkpoint = Checkpoint.open(model, revision)
-    sampling_options(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
+    sampling_config(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
     conversation = Conversation(loaded, system=system) if file is None else Conversation.load(loaded, file)
     conversation.thinking |= thinking
-    talk = partial(Chat, conversation, mode=mode, seed=seed, sampler=sampler)
+    talk = partial(ChatSession, conversation, mode=mode, seed=seed, sampler=sampler)
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or is_dumb_terminal():
         talk().run(lines())
         return
@@ -98,7 +98,7 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-class Chat:
+class ChatSession:
     """A conversation, the settings of its next turns, and the commands that change them.
 
     Args:
@@ -153,7 +153,7 @@ class Chat:
         """Have a message answered; False where it was stopped before there was any text, which takes the message back."""
         conversation, reply = self.conversation, None
         before = len(conversation.messages)
-        room = sampling_options(conversation.model.checkpoint.generation, self.mode, self.sampler).max_new_tokens
+        room = sampling_config(conversation.model.checkpoint.generation, self.mode, self.sampler).max_new_tokens
         events = conversation.send(message, mode=self.mode, seed=seed, **self.sampler)
         with self._watching() as stopped, self._view(room) as show, closing(events):
             for event in events:
@@ -212,7 +212,7 @@ class Chat:
 
     def set_mode(self, argument: str) -> None:
         if argument:
-            sampling_options(self.conversation.model.checkpoint.generation, argument, self.sampler)
+            sampling_config(self.conversation.model.checkpoint.generation, argument, self.sampler)
             self.mode = argument
         say(f"mode: {self.mode}")
 
@@ -279,30 +279,33 @@ class Chat:
 
 
 class Command(NamedTuple):
-    """What may follow its name, what it does, by which method of Chat, and what completion knows."""
+    """What may follow its name, what it does, by which method of ChatSession, and what completion knows."""
 
     usage: str
     help: str
-    run: Callable[[Chat, str], None]
+    run: Callable[[ChatSession, str], None]
     choices: Sequence[str] = ()
 
 
 COMMANDS = {
-    "/help": Command("", "List the commands.", Chat.help),
-    "/system": Command("[TEXT]", "Show the system message, or set it, which begins a new chat.", Chat.system),
+    "/help": Command("", "List the commands.", ChatSession.help),
+    "/system": Command("[TEXT]", "Show the system message, or set it, which begins a new chat.", ChatSession.system),
     "/seed": Command(
-        "[N|fresh]", "Turn K of the chat, counted from 0, takes seed N + K; or a fresh one each turn.", Chat.set_seed, ("fresh",)
+        "[N|fresh]",
+        "Turn K of the chat, counted from 0, takes seed N + K; or a fresh one each turn.",
+        ChatSession.set_seed,
+        ("fresh",),
     ),
-    "/mode": Command(f"[{'|'.join(MODES)}]", "Write a canvas at a time, or one token at a time.", Chat.set_mode, MODES),
-    "/thinking": Command("[on|off]", "Have the model think before it answers.", Chat.set_thinking, ("on", "off")),
-    "/stats": Command("", "Tokens, steps and seed of the last reply, and the sums of the session.", Chat.stats),
-    "/clear": Command("", "Begin a new chat with the same settings.", Chat.clear),
-    "/retry": Command("", "Write the last reply anew, with a fresh seed.", Chat.retry),
-    "/undo": Command("", "Take back the last message and its reply.", Chat.undo),
-    "/save": Command(FILE, "Save the chat to a new file.", Chat.save, (FILE,)),
-    "/save!": Command(FILE, "Save the chat, in place of what the file was.", Chat.save_over, (FILE,)),
-    "/load": Command(FILE, "Go on with a saved chat instead of this one.", Chat.load, (FILE,)),
-    "/exit": Command("", "Leave.", Chat.exit),
+    "/mode": Command(f"[{'|'.join(MODES)}]", "Write a canvas at a time, or one token at a time.", ChatSession.set_mode, MODES),
+    "/thinking": Command("[on|off]", "Have the model think before it answers.", ChatSession.set_thinking, ("on", "off")),
+    "/stats": Command("", "Tokens, steps and seed of the last reply, and the sums of the session.", ChatSession.stats),
+    "/clear": Command("", "Begin a new chat with the same settings.", ChatSession.clear),
+    "/retry": Command("", "Write the last reply anew, with a fresh seed.", ChatSession.retry),
+    "/undo": Command("", "Take back the last message and its reply.", ChatSession.undo),
+    "/save": Command(FILE, "Save the chat to a new file.", ChatSession.save, (FILE,)),
+    "/save!": Command(FILE, "Save the chat, in place of what the file was.", ChatSession.save_over, (FILE,)),
+    "/load": Command(FILE, "Go on with a saved chat instead of this one.", ChatSession.load, (FILE,)),
+    "/exit": Command("", "Leave.", ChatSession.exit),
 }
 
 
@@ -352,7 +355,7 @@ class LiveReply(LivePage):
         super().__init__(console, decode, max_new_tokens)
         self._stretches = _Stretches()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: ReplyEvent) -> None:
         if isinstance(event, Draft):
             self.draft(event)
         elif isinstance(event, Block | Token):
@@ -380,7 +383,7 @@ class PlainReply:
         if self._stretches.kind:
             self._print(self._stretches.kind, "\n")
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: ReplyEvent) -> None:
         if isinstance(event, Reply):
             if self._stretches.kind is Reasoning:
                 self._print(Reasoning, "\n")

@@ -1,6 +1,5 @@
 """``mlx-diffgemma convert``: a BF16 checkpoint in, a quantized one out."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_diffgemma.cli.options import backend_options
+from mlx_diffgemma.cli.options import Size, backend_options
 from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.errors import InputError
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from mlx_diffgemma.convert import Plan
     from mlx_diffgemma.convert.shards import Report
     from mlx_diffgemma.reports.quality import Measurement
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @click.command(short_help="Quantize a BF16 checkpoint.")
@@ -38,7 +35,9 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     metavar="PART=FORMAT",
     help="Set one part by hand, such as experts=4:32 or embedding=bf16. May be repeated.",
 )
-@click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes per file at most: KB, MB or GB.")
+@click.option(
+    "--shard-size", type=Size(least=1), default="5GB", show_default=True, metavar="SIZE", help="Bytes per file at most."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted run left, instead of going on from it.")
 @click.option("--upload-repo", metavar="OWNER/NAME", help="Send the finished folder to this repository on the hub.")
@@ -56,7 +55,7 @@ def convert(
     revision: str | None,
     recipe: str,
     settings: tuple[str, ...],
-    shard_size: str,
+    shard_size: int,
     dry_run: bool,
     restart: bool,
     upload_repo: str | None,
@@ -87,17 +86,17 @@ def convert(
 
     if not measure and (measure_text or backend or device or dtype):
         raise InputError("--measure-text, --backend, --device and --dtype say how to measure; add --measure")
-    formats, shard_bytes = make_recipe(recipe, settings), _parse_size(shard_size)
+    formats = make_recipe(recipe, settings)
     if upload_repo:
         check_repository(upload_repo)
     checkpoint = Checkpoint.open(source, revision)
     if dry_run:
-        click.echo(_table(Plan.make(checkpoint, formats, shard_bytes)))
+        click.echo(_table(Plan.make(checkpoint, formats, shard_size)))
         return
     text = _text(checkpoint, measure_text) if measure else None  # what is wrong with it shows before the long work
     exists = (target / "config.json").exists()
     if text is None or not exists:
-        plan = Plan.make(checkpoint, formats, shard_bytes)
+        plan = Plan.make(checkpoint, formats, shard_size)
         with _progress() as report:
             write(plan, target, side_files(checkpoint, plan), restart=restart, report=report)
         click.echo(f"{target}: {plan.nbytes:,} bytes; shards: {len(plan.shards)}", err=True)
@@ -132,14 +131,6 @@ def _card_section(found: "Measurement") -> str:
     head, *rows = ("| " + " | ".join(row) + " |" for row in found.rows())
     lines = ["", "## Compared with the source", "", found.conditions(), "", head, "|---|---|---:|---:|---:|", *rows]
     return "\n".join([*lines, "", found.steps(), ""])
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise InputError(f"--shard-size {text!r} is not a size; write it as 5GB, 500MB or a number of bytes")
-    return size
 
 
 def _table(plan: "Plan") -> str:

@@ -19,6 +19,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo import sudoku
 from mlx_diffgemma.demo.sudoku import Grid, Puzzle
 from mlx_diffgemma.sampler import Draft, block_diffusion
+from mlx_diffgemma.sampler import Text as SampledText
 
 MODEL = "sudoku"
 
@@ -75,8 +76,8 @@ def board_size(canvas_length: int) -> int:
 
 
 def prompt_tokens(clues: Grid) -> NDArray[np.int32]:
-    """Token ids [1, cells + 4] of a chat of one turn, the puzzle; without the tokenizer, which takes a second to import."""
-    return np.array([[*_BEFORE, *sudoku.to_tokens(np.array(clues.cells, np.int8)), *_AFTER]], np.int32)
+    """Token ids [cells + 4] of a chat of one turn, the puzzle; without the tokenizer, which takes a second to import."""
+    return np.array([*_BEFORE, *sudoku.to_tokens(np.array(clues.cells, np.int8)), *_AFTER], np.int32)
 
 
 def solve(backend: Backend, generation: GenerationConfig, puzzle: Puzzle, seed: int, console: Console | None) -> bool:
@@ -86,9 +87,9 @@ def solve(backend: Backend, generation: GenerationConfig, puzzle: Puzzle, seed: 
     if not console:
         click.echo(clues.render())
     with Region(console) if console else nullcontext() as region:
-        for event in block_diffusion(backend, prompt_tokens(clues), config, seed=seed):
+        for event in block_diffusion(backend, SampledText(prompt_tokens(clues), seed), config):
             if not isinstance(event, Draft):
-                answer, steps = _read(event.tokens, clues.size), int(event.steps[0])
+                answer, steps = _read(event.tokens, clues.size), event.steps
                 continue
             states = settling.update(event)[: len(clues.cells)]
             status = _status(event, states)
@@ -109,12 +110,12 @@ def solve(backend: Backend, generation: GenerationConfig, puzzle: Puzzle, seed: 
 
 
 def _read(tokens: NDArray[np.int32], size: int) -> Grid:
-    return Grid.from_array(sudoku.from_tokens(tokens[0, : size * size], size))
+    return Grid.from_array(sudoku.from_tokens(tokens[: size * size], size))
 
 
 def _status(draft: Draft, states: NDArray[np.int64]) -> str:
     settled, taken_back = int((states == SETTLED).sum()), int((states == TAKEN_BACK).sum())
-    entropy = draft.entropy[0, : len(states)].mean()
+    entropy = draft.entropy[: len(states)].mean()
     return (
         f"step {draft.step:2}  entropy {entropy:.3f}  settled {settled} of {len(states)}  taken back {taken_back}  "
         f"tokens per forward {settled / draft.step:.1f}"
@@ -124,7 +125,7 @@ def _status(draft: Draft, states: NDArray[np.int64]) -> str:
 def _cells(clues: Grid, draft: Draft, states: NDArray[np.int64]) -> list[Cell]:
     """The most likely digits, and how sure the model is of them."""
     digits = _read(draft.argmax, clues.size).cells
-    doubt = draft.entropy[0] / log(clues.size)
+    doubt = draft.entropy / log(clues.size)
     return [show_cell(*each) for each in zip(clues.cells, digits, states.tolist(), doubt.tolist(), strict=False)]
 
 

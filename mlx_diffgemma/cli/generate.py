@@ -11,17 +11,18 @@ from typing import Any
 import click
 
 from mlx_diffgemma.backends import load_backend
-from mlx_diffgemma.causal import Token
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.live import LiveView, live_console, printable
-from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
+from mlx_diffgemma.cli.options import backend_options, causal_options, prompt_options, sampler_options, source_options
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.pipeline import MODES, DiffusionGemma, Event, Generation, sampling_options
-from mlx_diffgemma.sampler import Block
-from mlx_diffgemma.tokenizer import Growing, Tokenizer
+from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.writing import MODES, Content, Event, Generation, sampling_config
 
 #: Is shown every event of a generation, as it happens.
 View = Callable[[Event], None]
+
+# What only callers of the library can make use of.
+_NOT_IN_JSON = ("parts", "cached_tokens", "unsettled")
 
 #: Options of whatever shows a text being written.
 mode_option = click.option(
@@ -40,9 +41,7 @@ no_live_option = click.option(
 @source_options
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
-@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
-@click.option("--system", metavar="TEXT", help="A system message before the prompt.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same text.  [default: a fresh one]")
+@prompt_options
 @mode_option
 @sampler_options
 @causal_options
@@ -55,8 +54,9 @@ def generate(
     revision: str | None,
     prompt: str | None,
     file: Path | None,
-    raw: bool,
     system: str | None,
+    raw: bool,
+    markup: bool,
     seed: int | None,
     mode: str,
     backend: str | None,
@@ -77,10 +77,10 @@ def generate(
     """
     text = read_prompt(prompt, file)
     checkpoint = Checkpoint.open(model, revision)
-    config = sampling_options(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
+    config = sampling_config(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
-    events = loaded.stream(text, mode=mode, raw=raw, system=system, seed=seed, **sampler)
-    view: View = print_json if as_json else TextView(loaded.tokenizer, config.max_new_tokens, summary=not quiet)
+    events = loaded.stream(text, mode=mode, system=system, raw=raw, markup=markup, seed=seed, **sampler)
+    view: View = print_json if as_json else TextView(summary=not quiet)
     console = None if as_json or no_live else live_console()
     with LiveView(console, loaded.tokenizer.decode, config.max_new_tokens) if console else nullcontext(view) as show:
         for event in events:
@@ -134,28 +134,19 @@ def _decode(content: bytes, place: str) -> str:
 
 
 class TextView:
-    """Prints the text as its blocks are committed or its tokens come, and at the end a line of statistics on standard error."""
+    """Prints the text as it becomes certain, and at the end a line of statistics on standard error."""
 
-    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, *, summary: bool) -> None:
-        self.room, self.summary = max_new_tokens, summary
-        self.growing = Growing(tokenizer.decode)
-        self.printed = 0
+    def __init__(self, *, summary: bool) -> None:
+        self.summary = summary
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Block | Token):
-            tokens = event.tokens[0].tolist()[: self.room]
-            self.room -= len(tokens)
-            self._print(self.growing.add(tokens))
+        if isinstance(event, Content):
+            # A terminal would obey what a model writes; to a file it goes as it is, where click would strip escape sequences.
+            click.echo(printable(event.text) if sys.stdout.isatty() else event.text, nl=False, color=True)
         elif isinstance(event, Generation):
-            self._print(event.text[self.printed :])
             click.echo()
             if self.summary:
                 click.echo(summary_line(event), err=True)
-
-    def _print(self, new: str) -> None:
-        # A terminal would obey what a model writes; to a file it goes as it is, where click would strip escape sequences.
-        click.echo(printable(new) if sys.stdout.isatty() else new, nl=False, color=True)
-        self.printed += len(new)
 
 
 def summary_line(generation: Generation) -> str:
@@ -178,7 +169,7 @@ def summary_line(generation: Generation) -> str:
 def print_json(event: Event) -> None:
     """Prints the finished generation as one JSON object."""
     if isinstance(event, Generation):
-        content = dataclasses.asdict(event)
+        content = {name: value for name, value in dataclasses.asdict(event).items() if name not in _NOT_IN_JSON}
         for name in ("tokens_per_forward", "tokens_per_second"):
             content["statistics"][name] = getattr(event.statistics, name)
         click.echo(json.dumps(content, ensure_ascii=False))

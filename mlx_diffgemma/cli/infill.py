@@ -10,7 +10,8 @@ import click
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import print_text, read_text
-from mlx_diffgemma.cli.options import backend_options, denoising_options, source_options
+from mlx_diffgemma.cli.options import backend_options, denoising_options, prompt_options, source_options
+from mlx_diffgemma.editing import infilling
 from mlx_diffgemma.editing.infilling import MARKER, Infill, parse_template
 from mlx_diffgemma.pipeline import DiffusionGemma
 
@@ -21,8 +22,7 @@ from mlx_diffgemma.pipeline import DiffusionGemma
 @click.option("--file", type=click.Path(path_type=Path), help="Read the template from this file.")
 @click.option("--marker", default=MARKER, show_default=True, metavar="TEXT", help="What stands for a hole in the template.")
 @click.option("--prompt", metavar="TEXT", help="What the text answers, instead of an instruction to fill it in.")
-@click.option("--raw", is_flag=True, help="Take the template as it is, without the chat template.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same text.  [default: a fresh one]")
+@prompt_options
 @denoising_options
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, holes, and all candidates with their scores.")
@@ -34,7 +34,9 @@ def infill(
     file: Path | None,
     marker: str,
     prompt: str | None,
+    system: str | None,
     raw: bool,
+    markup: bool,
     seed: int | None,
     backend: str | None,
     device: str | None,
@@ -56,7 +58,7 @@ def infill(
     checkpoint = Checkpoint.open(model, revision)
     checkpoint.generation.replace(**sampler)
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
-    result = loaded.infill(parts, prompt=prompt, raw=raw, seed=seed, **sampler)
+    result = infilling.infill(loaded, parts, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     if as_json:
         click.echo(json.dumps(_content(result), ensure_ascii=False))
         return

@@ -58,10 +58,10 @@ def _as_text(model: str, summary: Summary) -> str:
     memory = [("bytes to run with dtype", *summary.memory)]
     for label, name in (
         ("weights", "weights"),
-        (f"cache of {summary.context:,} tokens", "cache"),
+        (f"cache of {summary.context:,} tokens, with room", "cache"),
         ("  each token, full layers", "cache_per_token"),
         ("  all windows, once full", "cache_windows"),
-        ("logits of a canvas", "logits"),
+        ("workspace of a step", "workspace"),
         ("total", "total"),
     ):
         memory.append((label, *(f"{getattr(entry, name):,}" for entry in summary.memory.values())))

@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_diffgemma.causal import Token
-from mlx_diffgemma.pipeline import Event
 from mlx_diffgemma.sampler import Block, Draft
-from mlx_diffgemma.tokenizer import Growing
+from mlx_diffgemma.writing import Content, Event, Generation
 
 #: State of a canvas position, and the style it is shown in. "Taken back" also differs where there is no colour.
 UNSETTLED, SETTLED, TAKEN_BACK = range(3)
@@ -108,14 +107,13 @@ class Region:
 
 
 class Settling:
-    """Follows one row's canvas through the denoising steps of a block.
+    """Follows a canvas through the denoising steps of a block.
 
     Attributes:
         taken_back: bool [L], positions whose accepted token was taken back in any step so far.
     """
 
-    def __init__(self, row: int = 0) -> None:
-        self.row = row
+    def __init__(self) -> None:
         self.taken_back = np.zeros(0, bool)
         self._accepted = self._previous = np.zeros(0, np.int32)
 
@@ -125,7 +123,7 @@ class Settling:
         SETTLED: accepted now, and the most likely token is that of the step before. TAKEN_BACK: another token than this was
         accepted here last. Everything else is UNSETTLED.
         """
-        argmax, accepted = draft.argmax[self.row], draft.accepted[self.row]
+        argmax, accepted = draft.argmax, draft.accepted
         if draft.step == 1:
             self._accepted = self._previous = np.full(argmax.shape, -1, np.int32)
             self.taken_back = np.zeros(argmax.shape, bool)
@@ -181,24 +179,24 @@ class LivePage:
         self._steps += 1
         self._draw(self._canvas(draft))
 
-    def committed(self, part: Block | Token) -> list[int]:
-        """Take in finished tokens, for the status line, and return those that count: none behind ``max_new_tokens``."""
-        new: list[int] = part.tokens[0].tolist()[: self.max_new_tokens - len(self._tokens)]
-        self._tokens += new
+    def committed(self, part: Block | Token) -> None:
+        """Take in finished tokens, for the status line; none behind ``max_new_tokens`` counts."""
+        new = [part.token] if isinstance(part, Token) else part.tokens.tolist()
+        self._tokens += new[: self.max_new_tokens - len(self._tokens)]
         if isinstance(part, Token):
             self._seconds += part.seconds if part.index else 0.0
             rate = f"  {part.index / self._seconds:.1f} per second" if self._seconds else ""
             self._status = Text(f"{len(self._tokens)} tokens{rate}", STATUS_STYLE)
-        return new
+            self._draw(Text())  # not every token makes text certain
 
     def write(self, text: str, style: str = "") -> None:
         """Go on with the finished text; the canvas is erased until it is drawn again."""
         self._append(text, style)
         self._draw(Text())
 
-    def finish(self, text: str = "") -> None:
-        """Write the last of the text, and end its line."""
-        self._append(text + "\n")
+    def finish(self) -> None:
+        """End the text's last line."""
+        self._append("\n")
 
     def _append(self, text: str, style: str = "") -> None:
         self._unfinished.append(printable(text), style)
@@ -209,14 +207,14 @@ class LivePage:
     def _canvas(self, draft: Draft) -> Text:
         states, canvas = self._settling.update(draft), Text()
         settled = 0
-        for run, text in pieces(draft.argmax[0].tolist(), self.decode):
+        for run, text in pieces(draft.argmax.tolist(), self.decode):
             canvas.append(printable(text), STYLES[states[run.start]])
             settled += int((states[run] == SETTLED).sum()) if text else 0
         written = sum(run.stop - run.start for run, text in pieces(self._tokens, self.decode) if text)
         fields = [
             f"block {draft.block + 1}",
             f"step {draft.step}",
-            f"entropy {draft.entropy[0].mean():.3f}",
+            f"entropy {draft.entropy.mean():.3f}",
             f"temperature {draft.temperature:.2f}",
             f"tokens per forward {(written + settled) / self._steps:.1f}",
         ]
@@ -234,20 +232,15 @@ class LivePage:
 class LiveView(LivePage):
     """Shows the events of one generation."""
 
-    def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
-        super().__init__(console, decode, max_new_tokens)
-        self._growing = Growing(decode)
-        self._told = 0  # characters of the text
-
     def __call__(self, event: Event) -> None:
         if isinstance(event, Draft):
             self.draft(event)
         elif isinstance(event, Block | Token):
-            new = self._growing.add(self.committed(event))
-            self._told += len(new)
-            self.write(new)
-        else:
-            self.finish(event.text[self._told :])
+            self.committed(event)
+        elif isinstance(event, Content):
+            self.write(event.text)
+        elif isinstance(event, Generation):
+            self.finish()
 
 
 def wrap(text: Text, width: int) -> list[Text]:

@@ -1,11 +1,13 @@
 """Arguments and options that more than one command takes."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 from mlx_diffgemma.backends import DTYPES, NAMES
+from mlx_diffgemma.errors import InputError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -13,6 +15,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _SOURCE = (
     click.argument("model"),
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub."),
+)
+
+#: How a text that is given is read, and the seed.
+_PROMPT = (
+    click.option("--system", metavar="TEXT", help="A system message before the prompt."),
+    click.option("--raw", is_flag=True, help="Take the text as it is, without the chat template."),
+    click.option("--markup", is_flag=True, help="Read markup such as <|turn> in the text as control tokens."),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same text.  [default: a fresh one]"),
 )
 
 #: ``backend``, ``device`` and ``dtype``: the arguments of :func:`mlx_diffgemma.backends.load_backend`.
@@ -56,6 +66,35 @@ _CAUSAL = (
 )
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: 512MiB and 4GiB count in powers of 1,024; 500MB, 4GB and plain numbers in powers of 1,000."""
+
+    name = "size"
+
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        name = param.opts[0] if param else "the value"
+        written = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*(?:([KMGT])(i?)B?|B)?", value.strip(), re.ASCII | re.IGNORECASE)
+        if not written:
+            raise InputError(f"{name} {value!r} is not a size; write it as 4GiB (powers of 1,024), 5GB (of 1,000) or in bytes")
+        size = int(float(written[1]) * (1024 if written[3] else 1000) ** (" KMGT".index((written[2] or " ").upper())))
+        if size < self.least:
+            raise InputError(f"{name} must be at least {self.least} bytes, got {value!r}")
+        return size
+
+
+def size_text(size: int) -> str:
+    """A size as a person writes it: 4GiB."""
+    for unit, letter in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
+        if size and size % unit == 0:
+            return f"{size // unit}{letter}iB"
+    return str(size)
+
+
 def _apply(options: tuple[Callable[[Function], Function], ...], function: Function) -> Function:
     for option in reversed(options):
         function = option(function)
@@ -65,6 +104,11 @@ def _apply(options: tuple[Callable[[Function], Function], ...], function: Functi
 def source_options(function: Function) -> Function:
     """The argument MODEL, and ``--revision``."""
     return _apply(_SOURCE, function)
+
+
+def prompt_options(function: Function) -> Function:
+    """``--system``, ``--raw``, ``--markup`` and ``--seed``."""
+    return _apply(_PROMPT, function)
 
 
 def backend_options(function: Function) -> Function:

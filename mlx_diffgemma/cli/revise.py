@@ -12,8 +12,8 @@ import click
 from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import print_text, read_text
-from mlx_diffgemma.cli.options import backend_options, denoising_options, source_options
-from mlx_diffgemma.editing.revising import check_strength
+from mlx_diffgemma.cli.options import backend_options, denoising_options, prompt_options, source_options
+from mlx_diffgemma.editing import revising
 from mlx_diffgemma.pipeline import DiffusionGemma
 
 
@@ -25,8 +25,7 @@ from mlx_diffgemma.pipeline import DiffusionGemma
     "--strength", type=float, required=True, metavar="P", help="Probability with which noise replaces a token first, 0 to 1."
 )
 @click.option("--prompt", metavar="TEXT", help="What the text answers, instead of an instruction to revise it.")
-@click.option("--raw", is_flag=True, help="Take the text as it is, without the chat template.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same text.  [default: a fresh one]")
+@prompt_options
 @denoising_options
 @backend_options
 @click.option("--diff", is_flag=True, help="Print the change as a unified diff instead of the text.")
@@ -39,7 +38,9 @@ def revise(
     file: Path | None,
     strength: float,
     prompt: str | None,
+    system: str | None,
     raw: bool,
+    markup: bool,
     seed: int | None,
     backend: str | None,
     device: str | None,
@@ -55,11 +56,11 @@ def revise(
     is noise. Without --raw and --prompt, MODEL is asked in a chat to revise the text.
     """
     given, ending = read_text(text, file, "text")
-    check_strength(strength)  # before the weights are read
+    revising.check_strength(strength)  # before the weights are read
     checkpoint = Checkpoint.open(model, revision)
     checkpoint.generation.replace(**sampler)
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
-    result = loaded.revise(given, strength, prompt=prompt, raw=raw, seed=seed, **sampler)
+    result = revising.revise(loaded, given, strength, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
     elif diff:

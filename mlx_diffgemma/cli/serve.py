@@ -1,10 +1,10 @@
 """``mlx-diffgemma serve``: one model for many clients, over HTTP as OpenAI speaks it."""
 
+import dataclasses
 import importlib.util
 import ipaddress
 import logging
 import os
-import re
 import socket
 import threading
 from pathlib import Path
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_diffgemma.cli.options import backend_options, source_options
+from mlx_diffgemma.backends import BATCHES
+from mlx_diffgemma.cli.options import Size, backend_options, size_text, source_options
 from mlx_diffgemma.errors import BackendError, InputError
 from mlx_diffgemma.pipeline import load
+from mlx_diffgemma.scheduler.limits import Limits
+from mlx_diffgemma.server.settings import Settings
 
 if TYPE_CHECKING:
     from mlx_diffgemma.scheduler.engine import Engine
@@ -27,44 +30,91 @@ SPARE_CONNECTIONS = 256
 #: What the extra brings.
 _PACKAGES = ("greenlet", "prometheus_client", "pydantic", "starlette", "uvicorn")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def _bytes(context: click.Context, option: click.Parameter, value: str) -> int:
-    """A size such as 512MiB, in bytes."""
-    written = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", value, re.ASCII | re.IGNORECASE)
-    if not written:
-        raise click.BadParameter(f"{value!r} is not a size such as 512MiB or 4GiB", context, option)
-    return int(written[1]) * _UNITS[written[2].upper()]
 
 
 @click.command(short_help="Serve a model over HTTP.")
 @source_options
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="N", help="0 takes a free one.")
-@click.option("--api-key", envvar="MLX_DIFFGEMMA_API_KEY", metavar="KEY", help="What clients must know; better in the variable.")
-@click.option("--no-api-key", is_flag=True, help="Let everybody in who can reach an ADDRESS that is not this machine's own.")
-@click.option("--served-name", metavar="NAME", help="What clients call the model.  [default: MODEL, of a folder its name]")
-@click.option("--parallel", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Requests at a time.")
-@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, metavar="N", help="Requests that wait besides.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    metavar="N",
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--api-key", envvar="MLX_DIFFGEMMA_API_KEY", metavar="KEY", help="Key that clients must send; safer in the variable."
+)
+@click.option("--no-api-key", is_flag=True, help="Serve without a key on an ADDRESS that other machines can reach.")
+@click.option("--served-name", metavar="NAME", help="Model name that clients use.  [default: MODEL, or the name of its folder]")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    default=Limits.parallel,
+    show_default=True,
+    metavar="N",
+    help="Requests in progress at a time.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0),
+    default=Limits.queue,
+    show_default=True,
+    metavar="N",
+    help="Further requests that may wait.",
+)
+@click.option(
+    "--batch",
+    type=click.Choice(BATCHES),
+    default=Limits.batch,
+    show_default=True,
+    help="Put canvases of several requests into one pass: only where no bit of an answer changes, or everywhere.",
+)
 @click.option(
     "--max-batch",
     type=click.IntRange(1),
+    default=Limits.max_batch,
+    show_default=True,
     metavar="N",
-    help="Canvases of several requests in one pass.  [default: 8 where that changes no token, else 1]",
+    help="Canvases in one pass at most.",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, metavar="SECONDS", help="For an answer."
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=Settings.timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="Seconds that a request may take, waiting included.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, metavar="N", help="Of an answer, unless asked for."
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=Settings.max_tokens,
+    show_default=True,
+    metavar="N",
+    help="Tokens of an answer where the client does not say.",
 )
-@click.option("--max-prompt-tokens", type=click.IntRange(1), metavar="N", help="Of a prompt.  [default: what the context holds]")
-@click.option("--max-body", callback=_bytes, default="1MiB", show_default=True, metavar="SIZE", help="Of a request.")
 @click.option(
-    "--cache-memory", callback=_bytes, default="4GiB", show_default=True, metavar="SIZE", help="For keys and values kept."
+    "--max-prompt-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a prompt at most.  [default: the context]"
 )
-@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="A site whose pages may use the server; may be repeated.")
+@click.option(
+    "--max-body",
+    type=Size(),
+    default=size_text(Settings.max_body),
+    show_default=True,
+    metavar="SIZE",
+    help="Size of a request at most.",
+)
+@click.option(
+    "--cache-memory",
+    type=Size(),
+    default=size_text(Settings.cache_memory),
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for keys and values kept from earlier requests.",
+)
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Site whose pages may use the server. May be repeated.")
 @backend_options
 def serve(
     model: str,
@@ -74,9 +124,6 @@ def serve(
     api_key: str | None,
     no_api_key: bool,
     served_name: str | None,
-    parallel: int,
-    queue: int,
-    max_batch: int | None,
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -99,12 +146,12 @@ def serve(
 
     from mlx_diffgemma.scheduler.engine import Engine
     from mlx_diffgemma.server.app import create_app
-    from mlx_diffgemma.server.settings import Settings
 
     name = served_name or (Path(model).resolve().name if Path(model).is_dir() else model)
     origins = settings.pop("cors_origin")
     hosts = (*_LOCAL, host) if _is_local(host) else ()
-    engine = Engine(loaded, parallel=parallel, queue=queue, max_batch=max_batch)
+    limits = Limits(**{field.name: settings.pop(field.name) for field in dataclasses.fields(Limits)})
+    engine = Engine(loaded, limits)
     app = create_app(engine, Settings(name, api_key=api_key, cors_origins=origins, hosts=hosts, **settings))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("mlx_diffgemma").setLevel(logging.INFO)
@@ -163,7 +210,9 @@ def _run(app: Any, engine: "Engine", listener: socket.socket, ready: str) -> Non
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the client is who is connected, not who a header says it is
-        limit_concurrency=engine.parallel + engine.queue + SPARE_CONNECTIONS,  # bounds the memory of bodies that are being read
+        limit_concurrency=engine.limits.parallel
+        + engine.limits.queue
+        + SPARE_CONNECTIONS,  # bounds the memory of bodies that are being read
         timeout_graceful_shutdown=SEND_SECONDS,
     )
     Server(config).run(sockets=[listener])

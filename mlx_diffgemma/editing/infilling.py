@@ -1,12 +1,11 @@
 """Infilling: a text with holes, of lengths that are known or have to be found.
 
-What comes before the first hole is encoded once, and all candidates share its cache. From the first hole on (or, with
+What comes before the first hole is encoded once, and all candidates begin with its cache. From the first hole on (or, with
 ``in_canvas``, from somewhat before) the text lies in canvases, in which known tokens are frozen. Of several canvases the earlier
 ones are committed before the later ones are begun: a hole sees what is known up to the end of its own canvas.
 
-Lengths that are not known are tried: every combination is a candidate, denoised beside the others as a row of a batch, with
-the same noise; what is written for one combination does not depend on which others are tried. Two per-token means rank them,
-either of which is corrected for length by being a mean:
+Lengths that are not known are tried: every combination is a candidate, denoised beside the others with the same noise; what is
+written for one does not depend on which others are tried. Two per-token means rank them, and a mean corrects for length:
 
     score = mean log p(token | its canvas) over the tokens in the holes
           + mean log p(token | all tokens before it) over the filled text, from the first hole to the last token that is shown
@@ -18,25 +17,31 @@ arbitrates: a wrong length shows where the known text goes on.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, product, takewhile
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, Cache, check_tokens
+from mlx_diffgemma.backends import Backend, Cache, Piece, Row, check_tokens, rows_in_pass
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.editing.around import around, editing_config
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sampler import FREE, Block, block_diffusion, check_lengths
+from mlx_diffgemma.options import DenoisingOptions, spelled_out
+from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
+from mlx_diffgemma.sampler import FREE, Block, Text, check_lengths, check_seed, diffuse
+from mlx_diffgemma.writing import fresh_seed
 
 #: Lengths that are tried for a hole of which nothing is said.
 LEAST, MOST = 1, 8
 #: Combinations of lengths that are tried at most.
 MAX_CANDIDATES = 64
-#: Candidates that are denoised at a time: bounds the memory of their logits.
+#: Candidates that are written side by side: bounds the memory of their caches.
 ROWS = 8
 
 #: How a hole is written in a text, unless another marker is asked for; see :func:`parse_template`.
@@ -156,15 +161,97 @@ def instruction(parts: Sequence[str | Hole]) -> str:
     return INSTRUCTION.format(gap=GAP, text="".join(GAP if isinstance(part, Hole) else part for part in parts))
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where a template stands.
+
+    Attributes:
+        ending: what follows the template, its last token up to the end of the last canvas. Where it is empty the model may
+            write on, and what it writes there is dropped.
+        tail_in_prompt: whether the known tokens before the first hole tell of those behind the last one. If so, those that do
+            not fit behind it into its canvas are left out; else that is an error, as nothing could see them.
+        in_canvas: how many of the tokens before the first hole lie in the first canvas too, frozen, and not in the cache. A small
+            model that has only ever begun its canvases where its answers begin is at a loss elsewhere.
+        rule: where what is before the canvases is cut into pieces; by default nothing is known of it.
+    """
+
+    ending: tuple[int, ...] = ()
+    tail_in_prompt: bool = False
+    in_canvas: int = 0
+    rule: PieceRule | None = None
+
+
+@spelled_out
 def infill(
+    model: DiffusionGemma,
+    template: str | Sequence[str | Hole],
+    *,
+    marker: str = MARKER,
+    prompt: Prompt | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    markup: bool = False,
+    seed: int | None = None,
+    batch: str = "exact",
+    **options: Unpack[DenoisingOptions],
+) -> Infill:
+    """Fill the holes of a text; the module says how, and how lengths that are not known are ranked.
+
+    In a chat, a text that fits into one canvas with its longest holes lies there from its first token on, as an answer
+    would. Otherwise what is before the first hole is in the cache, and the canvases begin with that hole.
+
+    The text around the holes comes back as it was given, to the character. A hole's text is decoded from its own tokens
+    alone: an end token ends it, turn markers are dropped, and a character that is broken off at its edge becomes U+FFFD.
+
+    Args:
+        template: a text with markers (see :func:`parse_template`), or known texts and holes in order.
+        prompt: what the text answers, instead of the instruction; a text, a conversation or token ids.
+        system: a system message to put before the conversation.
+        raw: leave the chat template away. What does not fit into the canvas behind the last hole is then an error, as it is
+            with a ``prompt``; otherwise the instruction shows it.
+        markup: read markup such as ``<|turn>`` in all of these as control tokens, not as plain text.
+        seed: 0 to 2^64 - 1; by default a fresh one, which the result tells.
+        batch: see :func:`~mlx_diffgemma.backends.rows_in_pass`; ``fast`` writes up to 8 lengths in one pass.
+        options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, but for ``max_new_tokens``.
+
+    Raises:
+        InputError: before anything is computed.
+    """
+    parts = parse_template(template, marker) if isinstance(template, str) else list(template)
+    config, seed = editing_config(model, options), fresh_seed() if seed is None else seed
+    before, ending = around(model, instruction(parts), prompt, system=system, raw=raw, markup=markup)
+    known = [part if isinstance(part, Hole) else model.tokenizer.encode(part, markup=markup) for part in parts]
+    longest = sum(part.most if isinstance(part, Hole) else len(part) for part in known)
+    fits = longest <= (config.canvas_length or model.backend.config.canvas_length)
+    first = next((index for index, part in enumerate(known) if isinstance(part, Hole)), 0)
+    frame = Frame(
+        ending=ending,
+        tail_in_prompt=prompt is None and not raw,
+        in_canvas=sum(map(len, _known(known[:first]))) if fits and not raw else 0,
+        rule=model.piece_rule,
+    )
+    candidates = fill(model.backend, [before, *known], config, seed=seed, frame=frame, batch=batch)
+    fillings = []
+    for candidate in candidates:
+        holes = tuple(map(model.tokenizer.decode, candidate.holes))
+        texts = iter(holes)
+        text = "".join(next(texts) if isinstance(part, Hole) else part for part in parts)
+        fillings.append(Filling(text, holes, candidate))
+    return Infill(tuple(fillings), seed)
+
+
+def _known(parts: Sequence[Sequence[int] | Hole]) -> Iterator[Sequence[int]]:
+    return (part for part in parts if not isinstance(part, Hole))
+
+
+def fill(
     backend: Backend,
     template: Sequence[Sequence[int] | Hole],
     config: GenerationConfig,
     *,
     seed: int,
-    ending: Sequence[int] = (),
-    tail_in_prompt: bool = False,
-    in_canvas: int = 0,
+    frame: Frame | None = None,
+    batch: str = "exact",
 ) -> list[Candidate]:
     """Fill the holes of a template of token ids.
 
@@ -172,12 +259,7 @@ def infill(
         template: known tokens and holes in order, at least one token before the first hole.
         config: its ``max_new_tokens`` does not count. An end token ends its hole, and the text goes on with what is known.
         seed: 0 to 2^64 - 1; the same for all candidates.
-        ending: what follows the template, its last token up to the end of the last canvas. Where it is empty the model may
-            write on, and what it writes there is dropped.
-        tail_in_prompt: whether the known tokens before the first hole tell of those behind the last one. If so, those that do
-            not fit behind it into its canvas are left out; else that is an error, as nothing could see them.
-        in_canvas: how many of the tokens before the first hole lie in the first canvas too, frozen, and not in the cache. A small
-            model that has only ever begun its canvases where its answers begin is at a loss elsewhere.
+        batch: as in :func:`infill`.
 
     Returns:
         The candidates, the best first.
@@ -185,53 +267,49 @@ def infill(
     Raises:
         InputError: before anything is computed.
     """
+    frame = frame or Frame()
     holes, known = _split(template)
-    if not 0 <= in_canvas < len(known[0]):
-        raise InputError(f"in_canvas must leave one of the {len(known[0])} tokens before the first hole, got {in_canvas}")
-    first = len(known[0]) - in_canvas
+    if not 0 <= frame.in_canvas < len(known[0]):
+        raise InputError(f"in_canvas must leave one of the {len(known[0])} tokens before the first hole, got {frame.in_canvas}")
+    first = len(known[0]) - frame.in_canvas
     prefix, lead, tail = known[0][:first], known[0][first:], known[-1]
     length = config.canvas_length or backend.config.canvas_length
     longest = len(lead) + sum(hole.most for hole in holes) + sum(map(len, known[1:-1]))
     total = ceil(longest / length) * length
     room = total - longest
-    if len(tail) > room and not tail_in_prompt:
+    if len(tail) > room and not frame.tail_in_prompt:
         raise InputError(
             f"too many tokens after the last hole: {len(tail)}, of which {room} fit behind it into its canvas of {length}; "
             f"shorten the text after the hole, or have the prompt show it"
         )
     config, ends = config.replace(max_new_tokens=total, eos_token_ids=()), config.eos_token_ids
-    check_tokens(np.array([list(chain(*known))]), backend.config)
-    prompt = np.array([prefix], np.int32)
-    check_lengths(backend.config, config, prompt, 0, length)
-    shared = backend.new_cache(1)
-    if len(prefix) > 1:
-        backend.encode(prompt[:, :-1], shared)  # the last token is what each candidate begins with
-    behind = [*tail, *ending, *(list(ending[-1:]) or [FREE]) * total]
-    compared = [*tail, *ending[:1]][:room]
+    check_tokens(np.array(list(chain(*known))), backend.config)
+    check_lengths(backend.config, config, len(prefix))
+    check_seed(seed)
+    rows_in_pass(backend, batch, ROWS)
+    shared = read(backend, np.array(prefix, np.int32), frame.rule or PieceRule(backend.config.canvas_length)).cache
+    behind = [*tail, *frame.ending, *(list(frame.ending[-1:]) or [FREE]) * total]
+    compared = [*tail, *frame.ending[:1]][:room]
     candidates: list[Candidate] = []
     combinations = product(*(range(hole.least, hole.most + 1) for hole in holes))
     while rows := list(islice(combinations, ROWS)):
         templates = [[*lead, *_laid_out([[FREE] * n for n in row], [*known[1:-1], behind])][:total] for row in rows]
-        written = _denoise(backend, shared, prompt[:, -1:], np.array(templates, np.int32), config, seed)
-        spans = [_spans(row, known[1:], len(lead)) for row in rows]
-        holes_of = [[tokens[span].tolist() for span in row] for tokens, row in zip(written.tokens, spans, strict=True)]
-        kept_of = [[up_to_end(hole, ends) for hole in filling] for filling in holes_of]
-        texts = [[prefix[-1], *lead, *_laid_out(kept, [*known[1:-1], compared])] for kept in kept_of]
-        if not compared:  # nothing tells that the text ends but the token that ends it
-            texts = [[*text, *_first_end(filling[-1], ends)] for text, filling in zip(texts, holes_of, strict=True)]
-        causal_logprobs = _causal_logprobs(backend, shared, texts, 1 + len(lead))
-        for index, kept in enumerate(kept_of):
-            scored = [
-                written.logprobs[index, span][: len(tokens) + 1]  # with the end token
-                for span, tokens in zip(spans[index], kept, strict=True)
-            ]
+        written = _denoise(backend, shared, [np.array(each, np.int32) for each in templates], config, seed, batch)
+        for row, (tokens, logprobs, steps) in zip(rows, written, strict=True):
+            spans = _spans(row, known[1:], len(lead))
+            written_holes = [tokens[span].tolist() for span in spans]
+            kept = [up_to_end(hole, ends) for hole in written_holes]
+            text = [*lead, *_laid_out(kept, [*known[1:-1], compared])]
+            if not compared:  # nothing tells that the text ends but the token that ends it
+                text += [token for token in written_holes[-1] if token in ends][:1]
+            scored = [logprobs[span][: len(hole) + 1] for span, hole in zip(spans, kept, strict=True)]  # with the end token
             candidates.append(
                 Candidate(
-                    lengths=rows[index],
+                    lengths=row,
                     holes=tuple(map(tuple, kept)),
                     canvas_logprob=float(np.concatenate(scored).mean(dtype=np.float64)),
-                    causal_logprob=causal_logprobs[index],
-                    steps=int(written.steps[index]),
+                    causal_logprob=_causal_logprob(backend, shared, text, len(lead)),
+                    steps=steps,
                 )
             )
     return sorted(candidates, key=lambda candidate: -candidate.score)
@@ -278,38 +356,37 @@ def up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return list(takewhile(lambda token: token not in ends, tokens))
 
 
-def _first_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The first end token, if there is one."""
-    return [token for token in tokens if token in ends][:1]
-
-
-class _Denoised(NamedTuple):
-    """For templates [B, P]: tokens [B, P], the denoiser's log-probabilities of them [B, P], and denoising steps [B]."""
-
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    steps: NDArray[np.int64]
-
-
 def _denoise(
-    backend: Backend, shared: Cache, last: NDArray[np.int32], frozen: NDArray[np.int32], config: GenerationConfig, seed: int
-) -> _Denoised:
-    """What the model writes into templates after the shared cache and the token ``last`` [1, 1]."""
-    rows = len(frozen)
-    cache = shared.repeated(rows)
-    tokens, logprobs, steps = [], [], np.zeros(rows, np.int64)
-    for event in block_diffusion(backend, last.repeat(rows, axis=0), config, seed=seed, frozen=frozen, cache=cache):
+    backend: Backend,
+    shared: Cache,
+    templates: Sequence[NDArray[np.int32]],
+    config: GenerationConfig,
+    seed: int,
+    batch: str,
+) -> list[tuple[NDArray[np.int32], NDArray[np.float32], int]]:
+    """What the model writes into templates [P] after the shared cache.
+
+    Returns:
+        For each its tokens [P], the denoiser's log-probabilities of them [P], and denoising steps.
+    """
+    nothing = np.empty(0, np.int32)
+    texts = [Text(nothing, seed, shared.fork(), frozen) for frozen in templates]
+    blocks: list[list[Block]] = [[] for _ in texts]
+    logprobs: list[list[NDArray[np.float32]]] = [[] for _ in texts]
+    for index, event in diffuse(backend, texts, config, batch=batch, max_batch=ROWS):
         if isinstance(event, Block):
-            tokens.append(event.tokens)
-            logprobs.append(backend.score_canvas(event.tokens, cache))  # the cache holds what is before this block
-            steps += event.steps
-    return _Denoised(np.concatenate(tokens, axis=1), np.concatenate(logprobs, axis=1), steps)
+            cache = texts[index].cache
+            assert cache is not None
+            blocks[index].append(event)
+            logprobs[index] += backend.score_canvas([Row(event.tokens, cache, 1.0)])  # the cache holds what is before this block
+    return [
+        (np.concatenate([block.tokens for block in written]), np.concatenate(scored), sum(block.steps for block in written))
+        for written, scored in zip(blocks, logprobs, strict=True)
+    ]
 
 
-def _causal_logprobs(backend: Backend, shared: Cache, texts: Sequence[Sequence[int]], start: int) -> list[float]:
-    """The mean log-probability of each text's tokens from position ``start`` on, after the shared cache."""
-    tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)  # what is behind a text's end changes nothing before it
-    for row, text in zip(tokens, texts, strict=True):
-        row[: len(text)] = text
-    logprobs = backend.score(tokens, shared.repeated(len(texts)))
-    return [float(row[start : len(text)].mean(dtype=np.float64)) for row, text in zip(logprobs, texts, strict=True)]
+def _causal_logprob(backend: Backend, shared: Cache, text: Sequence[int], start: int) -> float:
+    """The mean log-probability of a text's tokens from position ``start`` on, after the shared cache."""
+    cache = shared.fork()
+    parts = [backend.score([Piece(piece, cache)])[0] for piece in chunks(np.array(text, np.int32))]
+    return float(np.concatenate(parts)[start:].mean(dtype=np.float64))

@@ -1,12 +1,18 @@
-"""Revising and proofreading: a text that is there already, as what the canvases begin with.
+"""Revising: a text that is there already, as what the canvases begin with.
 
-Both are at the level of token ids; :meth:`mlx_diffgemma.DiffusionGemma.revise` and ``proofread`` take texts.
+Each token of the draft is replaced by noise with probability ``strength`` (:func:`mlx_diffgemma.noise.replaced`), and the sampler
+begins with what that gives, block by block, on its usual schedule: the temperature of a first step, no self-conditioning, and
+what it is not sure of is renoised whether it was replaced or not. A block sees the draft of its own canvas only.
+
+At strength 1 that is a cold start, equal to generating as many tokens with the same seed. Where nothing is replaced, as at
+strength 0, the draft comes back and the model is not run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +20,18 @@ from numpy.typing import NDArray
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.editing.around import around, checked, editing_config
+from mlx_diffgemma.editing.infilling import up_to_end
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sampler import FREE, Block, block_diffusion, row_seeds
+from mlx_diffgemma.options import DenoisingOptions, spelled_out
+from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.prompts import PieceRule, Prompt
+from mlx_diffgemma.sampler import FREE, Block, Text, block_diffusion, check_text
+from mlx_diffgemma.writing import fresh_seed
 
-#: The user's turns of the chats in which a text is revised and proofread, where no prompt is given.
-REVISE_INSTRUCTION = "Revise the following text. Write the revised text and nothing else.\n\n{text}"
-PROOFREAD_INSTRUCTION = "Write the following text again without its mistakes, and nothing else.\n\n{text}"
+#: The user's turn of the chat in which a text is revised, where no prompt is given.
+INSTRUCTION = "Revise the following text. Write the revised text and nothing else.\n\n{text}"
 
 
 @dataclass(frozen=True)
@@ -36,31 +48,6 @@ class Revision:
     replaced: int
     denoising_steps: tuple[int, ...]
     seed: int
-
-
-@dataclass(frozen=True)
-class Doubt:
-    """A token that the model would have written otherwise.
-
-    Attributes:
-        start, end: the characters of the text that it lies in.
-        text: these characters.
-        suggestion: what the model would write for this token.
-        canvas_logprob: log-probability of the token where the denoiser sees the whole canvas, the token included; nats.
-        causal_logprob: log-probability of the token after those before it; nats.
-    """
-
-    start: int
-    end: int
-    text: str
-    suggestion: str
-    canvas_logprob: float
-    causal_logprob: float
-
-    @property
-    def doubt(self) -> float:
-        """Nats, at least 0: minus the sum of the two log-probabilities."""
-        return -(self.canvas_logprob + self.causal_logprob)
 
 
 def check_strength(strength: float) -> None:
@@ -81,31 +68,83 @@ def check_spans(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int
     return ordered
 
 
+@spelled_out
 def revise(
-    backend: Backend,
-    prompt: NDArray[np.int32],
-    draft: NDArray[np.int32],
-    config: GenerationConfig,
-    *,
+    model: DiffusionGemma,
+    text: str,
     strength: float,
-    seed: int,
-    keep: NDArray[np.bool_] | None = None,
-) -> tuple[NDArray[np.int32], int, tuple[int, ...]]:
-    """Write ``draft`` again.
-
-    Each token of the draft is replaced by noise with probability ``strength`` (:func:`mlx_diffgemma.noise.replaced`), and the
-    sampler begins with what that gives, block by block, on its usual schedule: the temperature of a first step, no
-    self-conditioning, and what it is not sure of is renoised whether it was replaced or not. A block sees the draft of its own
-    canvas only.
-
-    At strength 1 that is a cold start, equal to generating as many tokens with the same seed. Where nothing is replaced, as
-    at strength 0, the draft comes back and the model is not run.
+    *,
+    prompt: Prompt | None = None,
+    keep: Sequence[tuple[int, int]] = (),
+    system: str | None = None,
+    raw: bool = False,
+    markup: bool = False,
+    seed: int | None = None,
+    **options: Unpack[DenoisingOptions],
+) -> Revision:
+    """Write a text again, beginning with the text itself; the module says how.
 
     Args:
-        prompt: int32 [1, N].
-        draft: int32 [P].
-        config: its ``max_new_tokens`` does not count.
+        strength: 0 to 1, the probability with which noise replaces a token of the draft: 0 gives the text back, 1 writes
+            a new one, the same as generating from the prompt with this seed.
+        prompt: what the text answers, instead of the instruction; a text, a conversation or token ids.
+        keep: spans of characters (start, end) that stay as they are. An end token that the model writes before one ends what
+            it writes there, and the text goes on with the span.
+        system, raw, markup, seed, options: as in :func:`~mlx_diffgemma.editing.infilling.infill`. A raw text keeps its number of
+            tokens.
+
+    Raises:
+        InputError: before anything is computed.
+    """
+    config, seed = editing_config(model, options), fresh_seed() if seed is None else seed
+    instruction = INSTRUCTION.format(text=checked(text))
+    before, ending = around(model, instruction, prompt, system=system, raw=raw, markup=markup)
+    pieces = _pieces(text, check_spans(keep, len(text)))
+    ids = [model.tokenizer.encode(piece, markup=markup) for piece, _ in pieces]
+    draft = np.array([token for part in ids for token in part] + list(ending[:1]), np.int32)
+    keeping = np.zeros(len(draft), bool)
+    starts = np.cumsum([0, *map(len, ids)])
+    for (_, kept), start, end in zip(pieces, starts, starts[1:], strict=False):
+        keeping[start:end] = kept
+    if ending:
+        length = config.canvas_length or model.backend.config.canvas_length
+        fill = ceil(len(draft) / length) * length - len(draft)
+        draft, keeping = np.pad(draft, (0, fill), constant_values=ending[-1]), np.pad(keeping, (0, fill))
+    original = Original(np.array(before, np.int32), draft, keeping)
+    tokens, replaced, steps = rewrite(model.backend, original, config, strength=strength, seed=seed, rule=model.piece_rule)
+    if (tokens == draft).all():
+        return Revision(text, replaced, steps, seed)
+    starts[-1] = len(tokens)  # what is behind the text is part of its last piece
+    revised = [
+        piece if kept else model.tokenizer.decode(up_to_end(tokens[start:end].tolist(), config.eos_token_ids))
+        for (piece, kept), start, end in zip(pieces, starts, starts[1:], strict=False)
+    ]
+    return Revision("".join(revised), replaced, steps, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """Token ids to revise.
+
+    Attributes:
+        prompt: int32 [N], what comes before.
+        tokens: int32 [P].
         keep: bool [P], tokens that stay as they are. Where there are any, an end token does not end the text.
+    """
+
+    prompt: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+    keep: NDArray[np.bool_]
+
+
+def rewrite(
+    backend: Backend, draft: Original, config: GenerationConfig, *, strength: float, seed: int, rule: PieceRule | None = None
+) -> tuple[NDArray[np.int32], int, tuple[int, ...]]:
+    """Write a draft of token ids again.
+
+    Args:
+        config: its ``max_new_tokens`` does not count.
+        rule: where the prompt is cut into pieces; by default nothing is known of it.
 
     Returns:
         Tokens int32 [P], padded behind the end; how many were replaced; denoising steps of each block.
@@ -114,62 +153,28 @@ def revise(
         InputError: before anything is computed.
     """
     check_strength(strength)
-    seeds, keep = row_seeds(seed, 1), np.zeros(draft.shape, bool) if keep is None else keep
-    length = config.canvas_length or backend.config.canvas_length
-    blocks = range(ceil(len(draft) / length))
-    chosen = np.concatenate([noise.replaced(seeds, block, length, strength)[0] for block in blocks])[: len(draft)] & ~keep
-    config = config.replace(max_new_tokens=len(draft), eos_token_ids=() if keep.any() else None)
-    events = block_diffusion(
-        backend,
-        prompt,
-        config,
-        seed=seeds,
-        frozen=np.where(keep, draft, FREE).astype(np.int32),
-        canvas=np.where(chosen, FREE, draft).astype(np.int32),
-    )
+    count, length = len(draft.tokens), config.canvas_length or backend.config.canvas_length
+    config = config.replace(max_new_tokens=count, eos_token_ids=() if draft.keep.any() else None)
+    text = Text(draft.prompt, seed, frozen=np.where(draft.keep, draft.tokens, FREE).astype(np.int32))
+    check_text(backend.config, text, config)
+    blocks = range(ceil(count / length))
+    chosen = np.concatenate([noise.replaced(seed, block, length, strength) for block in blocks])[:count] & ~draft.keep
     if not chosen.any():
-        return draft, 0, ()
-    finished = [event for event in events if isinstance(event, Block)]
+        return draft.tokens, 0, ()
+    cache = read(backend, draft.prompt, rule or PieceRule(length)).cache
+    canvas = np.where(chosen, FREE, draft.tokens).astype(np.int32)
+    text = Text(np.empty(0, np.int32), seed, cache, text.frozen, canvas)
+    finished = [event for event in block_diffusion(backend, text, config) if isinstance(event, Block)]
     tokens = np.full(len(blocks) * length, config.pad_token_id, np.int32)
-    written = np.concatenate([block.tokens[0] for block in finished])
+    written = np.concatenate([block.tokens for block in finished])
     tokens[: len(written)] = written
-    return tokens[: len(draft)], int(chosen.sum()), tuple(int(block.steps[0]) for block in finished)
+    return tokens[:count], int(chosen.sum()), tuple(block.steps for block in finished)
 
 
-def proofread(
-    backend: Backend,
-    prompt: NDArray[np.int32],
-    tokens: NDArray[np.int32],
-    config: GenerationConfig,
-    *,
-    ending: Sequence[int] = (),
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """What the model thinks of each of ``tokens`` int32 [N] after ``prompt`` [1, M]. Experimental.
-
-    A canvas at a time, as it is: no token is replaced, and one denoising pass says what should be where, for errors look like
-    the noise that the model was trained to remove. The causal pass over the same tokens is the second opinion.
-
-    Args:
-        ending: what follows the tokens, its last token up to the end of the last canvas. Where it is empty, the last canvas
-            is as short as what is left.
-
-    Returns:
-        The denoiser's likeliest tokens int32 [N], and the log-probabilities of the given ones, nats, float32 [N]: the denoiser's,
-        which sees the whole canvas, and the causal model's.
-    """
-    length = config.canvas_length or backend.config.canvas_length
-    count = ceil(len(tokens) / length)
-    filled = tokens
-    if ending:
-        filled = np.array([*tokens, *ending, *[ending[-1]] * length][: count * length], np.int32)
-    cache = backend.new_cache(1)
-    backend.encode(prompt, cache)
-    causal = backend.score(tokens[None], cache.repeated(1))[0]
-    argmax, canvas_logprobs = [], []
-    for block in range(count):
-        canvas = filled[None, block * length : (block + 1) * length]
-        argmax.append(backend.denoise(canvas, cache, temperature=1.0).argmax[0])
-        canvas_logprobs.append(backend.score_canvas(canvas, cache)[0])
-        if block + 1 < count:
-            backend.encode(canvas, cache)
-    return np.concatenate(argmax)[: len(tokens)], np.concatenate(canvas_logprobs)[: len(tokens)], causal
+def _pieces(text: str, keep: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """The text in pieces that are kept and pieces that are not; the last one is not, and may be empty."""
+    pieces, end = [], 0
+    for start, stop in keep:
+        pieces += [(text[end:start], False), (text[start:stop], True)]
+        end = stop
+    return [*pieces, (text[end:], False)]

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import DTYPES, NAMES, Backend, load_backend
+from mlx_diffgemma.backends import DTYPES, NAMES, Backend, Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import BackendError, InputError
-from mlx_diffgemma.sampler import Block, Draft, block_diffusion
+from mlx_diffgemma.sampler import Block, Draft, Text, block_diffusion, check_seed
 
 #: The name of the backend that is `transformers` on the CPU.
 REFERENCE = "reference"
@@ -40,7 +40,7 @@ BLOCKS, STEPS = 2, 4  # of the short text
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassComparison:
     """One pass through the model, beside the baseline's.
 
     Attributes:
@@ -74,7 +74,7 @@ class Comparison:
 
     backend: str
     device: str
-    passes: tuple[Pass, ...]
+    passes: tuple[PassComparison, ...]
     entropy: float
     tokens: int
     different_tokens: int
@@ -119,7 +119,7 @@ class Report:
 
 
 def state_names(count: int) -> list[str]:
-    """Names of the ``count`` hidden states of :attr:`Pass.states`."""
+    """Names of the ``count`` hidden states of :attr:`PassComparison.states`."""
     return ["embedding", *(f"layer {layer}" for layer in range(count - 2)), "final norm"]
 
 
@@ -168,8 +168,8 @@ def verify(
         gc.collect()
         backend = _load(checkpoint, name, dtype)
         comparisons.append(_compare(name, backend, inputs, passes, text))
-    length = inputs.canvases[0].shape[1]
-    return Report(checkpoint.folder, baseline, dtype, inputs.prompt.shape[1], length, seed, tolerance, tuple(comparisons))
+    length = len(inputs.canvases[0])
+    return Report(checkpoint.folder, baseline, dtype, len(inputs.prompt), length, seed, tolerance, tuple(comparisons))
 
 
 class _Inputs(NamedTuple):
@@ -198,10 +198,9 @@ class _Inputs(NamedTuple):
                 f"prompt_length must be at least 1 and, with {BLOCKS} canvases of {length}, within the model's context of "
                 f"{model.max_position_embeddings} tokens, got {prompt_length}"
             )
-        if not 0 <= seed < 2**64:
-            raise InputError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
+        check_seed(seed)
         prompt, *canvases = (
-            noise.canvas_tokens([seed], block, 0, size, model.vocab_size)
+            noise.canvas_tokens(seed, block, 0, size, model.vocab_size)
             for block, size in enumerate((prompt_length, length, length, length))
         )
         return cls(prompt, canvases, config, seed)
@@ -223,8 +222,8 @@ def _load(checkpoint: Checkpoint, spec: str, dtype: str) -> Backend:
 
 class _Answer(NamedTuple):
     name: str
-    logits: NDArray[np.float32]  # [1, L, V]
-    states: list[NDArray[np.float32]]  # each [1, L, H]
+    logits: NDArray[np.float32]  # [L, V]
+    states: list[NDArray[np.float32]]  # each [L, H]
 
 
 def _passes(backend: Backend, inputs: _Inputs) -> Iterator[_Answer]:
@@ -232,24 +231,25 @@ def _passes(backend: Backend, inputs: _Inputs) -> Iterator[_Answer]:
     cache = backend.new_cache()
     first, second, third = inputs.canvases
 
-    def run(name: str, tokens: NDArray[np.int32], *, causal: bool = False, self_conditioning: object = None) -> _Answer:
-        states: list[NDArray[np.float32]] = []
-        logits = backend.logits(tokens, cache, causal=causal, self_conditioning=self_conditioning, trace=states)
-        return _Answer(name, logits, states)
+    def run(name: str, part: Piece | Row) -> _Answer:
+        states: list[list[NDArray[np.float32]]] = []
+        [logits] = backend.logits([part], states)
+        return _Answer(name, logits, states[0])
 
-    yield run("causal pass", inputs.prompt, causal=True)
-    yield run("first step", first)
-    signal = backend.denoise(first, cache, temperature=inputs.config.t_max).self_conditioning
-    yield run("second step", second, self_conditioning=signal)
-    backend.encode(second, cache)
-    yield run("second block", third)
+    yield run("causal pass", Piece(inputs.prompt, cache))
+    temperature = inputs.config.t_max
+    yield run("first step", Row(first, cache, temperature))
+    signal = backend.denoise([Row(first, cache, temperature)])[0].self_conditioning
+    yield run("second step", Row(second, cache, temperature, self_conditioning=signal))
+    backend.encode([Piece(second, cache)])
+    yield run("second block", Row(third, cache, temperature))
 
 
 def _write(backend: Backend, inputs: _Inputs) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The tokens of a short text [N], and the entropy [L] of its first denoising step."""
-    events = list(block_diffusion(backend, inputs.prompt, inputs.config, seed=inputs.seed))
+    events = list(block_diffusion(backend, Text(inputs.prompt, inputs.seed), inputs.config))
     first = next(event for event in events if isinstance(event, Draft))
-    return np.concatenate([event.tokens[0] for event in events if isinstance(event, Block)]), first.entropy[0]
+    return np.concatenate([event.tokens for event in events if isinstance(event, Block)]), first.entropy
 
 
 def _compare(
@@ -273,10 +273,10 @@ def _compare(
     )
 
 
-def _difference(right: _Answer, answer: _Answer) -> Pass:
+def _difference(right: _Answer, answer: _Answer) -> PassComparison:
     difference = np.abs(answer.logits - right.logits)
-    divergence = [_kl(*rows) for rows in zip(right.logits[0], answer.logits[0], strict=True)]
-    return Pass(
+    divergence = [_kl(*rows) for rows in zip(right.logits, answer.logits, strict=True)]
+    return PassComparison(
         name=right.name,
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean(dtype=np.float64)),

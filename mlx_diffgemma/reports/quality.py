@@ -17,18 +17,18 @@ spaced, as fit :data:`KEPT_BYTES`: 64 positions, and 0.74 GB in all eleven passe
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, check_tokens, load_backend
+from mlx_diffgemma.backends import Backend, Piece, Row, check_tokens, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.sampler import Block, block_diffusion
+from mlx_diffgemma.sampler import Block, Text, block_diffusion
 
 #: Tenths of a canvas's tokens that are replaced.
 NOISE_TENTHS = (1, 3, 5, 7, 9)
@@ -41,7 +41,7 @@ SEEDS = range(4)
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassDivergence:
     """One pass of the target beside the source's.
 
     Attributes:
@@ -76,7 +76,7 @@ class Measurement:
     prefix_length: int
     canvas_length: int
     given: int
-    passes: tuple[Pass, ...]
+    passes: tuple[PassDivergence, ...]
     source_steps: tuple[int, ...]
     target_steps: tuple[int, ...]
 
@@ -140,8 +140,8 @@ def measure(
         backend=model.name,
         device=model.device,
         dtype=model.dtype,
-        prefix_length=inputs.prefix.shape[1],
-        canvas_length=inputs.canvas.shape[1],
+        prefix_length=len(inputs.prefix),
+        canvas_length=len(inputs.canvas),
         given=len(begin),
         passes=passes,
         source_steps=source_steps,
@@ -151,7 +151,7 @@ def measure(
 
 def _beginning(checkpoint: Checkpoint, text: NDArray[np.int32]) -> NDArray[np.int32]:
     """What is used of a text [N]: one token and whole canvases."""
-    check_tokens(text[None], checkpoint.config)
+    check_tokens(text, checkpoint.config)
     canvases = _canvases(checkpoint.config)
     if not canvases:
         raise InputError("the model's context is too short to measure: it must hold one token and a canvas")
@@ -165,17 +165,17 @@ def _canvases(config: ModelConfig) -> int:
 
 
 class _Inputs(NamedTuple):
-    prefix: NDArray[np.int32]  # [1, P]
-    canvas: NDArray[np.int32]  # [1, L]
+    prefix: NDArray[np.int32]  # [P]
+    canvas: NDArray[np.int32]  # [L]
 
     @classmethod
     def make(cls, source: Backend, begin: NDArray[np.int32], config: GenerationConfig) -> "_Inputs":
-        text, length = begin[None], source.config.canvas_length
+        text, length = begin, source.config.canvas_length
         missing = 1 + _canvases(source.config) * length - len(begin)
         if missing:
-            events = block_diffusion(source, text, config.replace(max_new_tokens=missing), seed=0)
-            text = np.concatenate([text, *(event.tokens for event in events if isinstance(event, Block))], axis=1)
-        return cls(text[:, :-length], text[:, -length:])
+            events = block_diffusion(source, Text(text), config.replace(max_new_tokens=missing))
+            text = np.concatenate([text, *(event.tokens for event in events if isinstance(event, Block))])
+        return cls(text[:-length], text[-length:])
 
 
 class _Answer(NamedTuple):
@@ -187,14 +187,15 @@ class _Answer(NamedTuple):
 def _answers(backend: Backend, inputs: _Inputs, config: GenerationConfig) -> Iterator[_Answer]:
     """The passes in order, each when it is asked for."""
     cache = backend.new_cache()
-    yield _Answer(None, False, _log_softmax(backend.logits(inputs.prefix, cache, causal=True)[0]))
-    length, vocab_size = inputs.canvas.shape[1], backend.config.vocab_size
+    yield _Answer(None, False, _log_softmax(backend.logits([Piece(inputs.prefix, cache)])[0]))
+    length, vocab_size = len(inputs.canvas), backend.config.vocab_size
     for tenths in NOISE_TENTHS:
-        replaced = noise.canvas_tokens([0], tenths, 0, length, 10) < tenths  # uniform numbers below 10
-        canvas = np.where(replaced, noise.canvas_tokens([0], tenths, 1, length, vocab_size), inputs.canvas)
-        yield _Answer(tenths / 10, False, _log_softmax(backend.logits(canvas, cache)[0]))
-        signal = backend.denoise(canvas, cache, temperature=config.t_max).self_conditioning
-        yield _Answer(tenths / 10, True, _log_softmax(backend.logits(canvas, cache, self_conditioning=signal)[0]))
+        replaced = noise.canvas_tokens(0, tenths, 0, length, 10) < tenths  # uniform numbers below 10
+        canvas = np.where(replaced, noise.canvas_tokens(0, tenths, 1, length, vocab_size), inputs.canvas)
+        row = Row(canvas, cache, config.t_max)
+        yield _Answer(tenths / 10, False, _log_softmax(backend.logits([row])[0]))
+        row = replace(row, self_conditioning=backend.denoise([row])[0].self_conditioning)
+        yield _Answer(tenths / 10, True, _log_softmax(backend.logits([row])[0]))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -207,18 +208,17 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows
 
 
-def _compare(expected: _Answer, answer: _Answer) -> Pass:
+def _compare(expected: _Answer, answer: _Answer) -> PassDivergence:
     pairs = zip(expected.log_probabilities, answer.log_probabilities, strict=True)
     divergences = [float((np.exp(p) * (p - q)).sum(dtype=np.float64)) for p, q in pairs]
     same = expected.log_probabilities.argmax(axis=-1) == answer.log_probabilities.argmax(axis=-1)
-    return Pass(expected.noise, expected.self_conditioning, len(divergences), float(np.mean(divergences)), float(same.mean()))
+    return PassDivergence(
+        expected.noise, expected.self_conditioning, len(divergences), float(np.mean(divergences)), float(same.mean())
+    )
 
 
 def _count_steps(backend: Backend, inputs: _Inputs, config: GenerationConfig) -> tuple[int, ...]:
     """The denoising steps of the block after the prefix, for each seed."""
     once = config.replace(max_new_tokens=config.canvas_length)
-    counts = []
-    for seed in SEEDS:
-        blocks = [event for event in block_diffusion(backend, inputs.prefix, once, seed=seed) if isinstance(event, Block)]
-        counts += [int(block.steps[0]) for block in blocks]
-    return tuple(counts)
+    runs = (block_diffusion(backend, Text(inputs.prefix, seed), once) for seed in SEEDS)
+    return tuple(event.steps for events in runs for event in events if isinstance(event, Block))

@@ -6,27 +6,31 @@ random prompt settles late or never. The prompt and the step take as long as on 
 
 import importlib.metadata
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from statistics import median
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend
+from mlx_diffgemma.backends import Backend, Cache, Piece, Row
 from mlx_diffgemma.causal import causal
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.pipeline import Statistics
-from mlx_diffgemma.sampler import Block, block_diffusion
+from mlx_diffgemma.prompts import chunks
+from mlx_diffgemma.sampler import Block, Text, block_diffusion, check_seed
+from mlx_diffgemma.writing import Statistics, statistics
+
+#: Random prompt tokens, measurements of each thing, and runs before those that count, unless other numbers are asked for.
+PROMPT_LENGTH, REPEATS, WARMUP = 512, 5, 1
 
 #: Tokens per denoising step that the two modes are compared at.
 TOKENS_PER_FORWARD = (1, 4, 16, 64)
@@ -93,7 +97,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(median(values), min(values), max(values))
 
 
 class Choice(NamedTuple):
@@ -157,9 +161,9 @@ def bench(
     backend: Backend,
     config: GenerationConfig,
     *,
-    prompt_length: int = 512,
-    repeats: int = 5,
-    warmup: int = 1,
+    prompt_length: int = PROMPT_LENGTH,
+    repeats: int = REPEATS,
+    warmup: int = WARMUP,
     seed: int = 0,
 ) -> Benchmark:
     """Measure a loaded model.
@@ -177,15 +181,14 @@ def bench(
     for name, value, least in (("prompt_length", prompt_length, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
+    check_seed(seed)
     length = config.canvas_length or model.canvas_length
-    prompt = noise.canvas_tokens([seed], 0, 0, prompt_length, model.vocab_size)
-    canvas = noise.canvas_tokens([seed], 1, 0, length, model.vocab_size)
+    prompt = noise.canvas_tokens(seed, 0, 0, prompt_length, model.vocab_size)
+    canvas = noise.canvas_tokens(seed, 1, 0, length, model.vocab_size)
     # These two check the lengths, and compute nothing before they are read.
-    text = block_diffusion(backend, prompt, config.replace(eos_token_ids=()), seed=seed)
+    text = block_diffusion(backend, Text(prompt, seed), config.replace(eos_token_ids=()))
     alone = CausalConfig.from_generation(config).replace(max_new_tokens=1 + warmup + repeats, eos_token_ids=())
-    tokens = causal(backend, prompt, alone, seed=seed)
+    tokens = causal(backend, Text(prompt, seed), alone)
 
     prefill, commit = _encode_seconds(backend, prompt, canvas, repeats, warmup)
     steps = _step_seconds(backend, prompt, canvas, config, seed, repeats, warmup)
@@ -204,13 +207,7 @@ def bench(
         step=Spread.of(steps),
         commit=Spread.of(commit),
         token=Spread.of(each_token),
-        text=Statistics(
-            prompt_tokens=prompt_length,
-            new_tokens=config.max_new_tokens,
-            denoising_steps=tuple(int(block.steps[0]) for block in blocks),
-            encode_seconds=sum(block.encode_seconds for block in blocks),
-            denoise_seconds=sum(block.denoise_seconds for block in blocks),
-        ),
+        text=statistics(prompt_length, config.max_new_tokens, blocks),
         peak_rss=_peak_rss(),
         peak_device_memory=backend.peak_memory(),
     )
@@ -223,9 +220,14 @@ def _encode_seconds(
     both = []
     for _ in range(warmup + repeats):
         cache = backend.new_cache()
-        both.append([_seconds(partial(backend.encode, part, cache)) for part in (prompt, canvas)])
+        both.append([_seconds(partial(_encode, backend, part, cache)) for part in (prompt, canvas)])
     prefill, commit = zip(*both[warmup:], strict=True)
     return list(prefill), list(commit)
+
+
+def _encode(backend: Backend, tokens: NDArray[np.int32], cache: Cache) -> None:
+    for piece in chunks(tokens):
+        backend.encode([Piece(piece, cache)])
 
 
 def _step_seconds(
@@ -239,14 +241,12 @@ def _step_seconds(
 ) -> list[float]:
     """Denoising steps of one canvas, each fed the self-conditioning of the one before."""
     cache = backend.new_cache()
-    backend.encode(prompt, cache)
-    keys = None if config.greedy else noise.sampling_keys([seed], 1, 1)
-    signal: Any = None
+    _encode(backend, prompt, cache)
+    row = Row(canvas, cache, config.t_max, None if config.greedy else noise.sampling_key(seed, 1, 1))
 
     def step() -> None:
-        nonlocal signal
-        result = backend.denoise(canvas, cache, temperature=config.t_max, noise_keys=keys, self_conditioning=signal)
-        signal = result.self_conditioning
+        nonlocal row
+        row = replace(row, self_conditioning=backend.denoise([row])[0].self_conditioning)
 
     return [_seconds(step) for _ in range(warmup + repeats)][warmup:]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 from mlx_diffgemma.backends import DTYPES
+from mlx_diffgemma.backends.room import Room
 from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, Tensor, part_of, quantized_modules, read_json
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError, InputError
@@ -13,7 +14,7 @@ _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One part of a model as it is stored.
 
     Attributes:
@@ -32,27 +33,32 @@ class Part:
         return 8 * self.nbytes / self.parameters
 
 
+#: Arrays of float32 logits that a denoising step holds at once: measured with MLX; PyTorch takes one on a CPU.
+LOGITS_AT_ONCE = 12
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that running a checkpoint takes; a step's intermediate results come on top.
+    """Bytes that running a checkpoint takes, for one text.
 
     Attributes:
         weights: of the text model: what is packed as it is stored, everything else in the dtype. The vision tower stays unread.
         cache_per_token: keys and values of one committed position on the full-attention layers, which keep all of them.
         cache_windows: those of the sliding layers, which keep the last ``sliding_window - 1`` positions, once these are full.
-        cache: both, of one row of the context that was asked for.
-        logits: float32 [canvas_length, vocab_size], once.
+        cache: all buffers of the context that was asked for, with the room behind it; each further text takes as much.
+        workspace: what a denoising step holds besides: :data:`LOGITS_AT_ONCE` of [canvas_length, vocab_size] in float32. A pass
+            of several canvases takes no more, since they are finished one by one.
     """
 
     weights: int
     cache_per_token: int
     cache_windows: int
     cache: int
-    logits: int
+    workspace: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.logits
+        return self.weights + self.cache + self.workspace
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Summary:
 
     config: ModelConfig
     generation: GenerationConfig
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
     active_parameters: int
     context: int
     memory: Mapping[str, Memory]
@@ -110,7 +116,7 @@ def summarize(checkpoint: Checkpoint, context: int | None = None) -> Summary:
     return Summary(config, checkpoint.generation, parts, sum(counts.values()) - idle, context, memory)
 
 
-def _part(name: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> Part:
+def _part(name: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> StoredPart:
     formats: set[str] = set()
     parameters = 0
     for path, tensor in tensors.items():
@@ -124,7 +130,7 @@ def _part(name: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Q
             parameters += prod(tensor.shape) * 32 // packed.bits
     if not parameters:
         raise CheckpointError(f"the weights of {name} are missing; only {', '.join(sorted(tensors))} are there")
-    return Part(name, "; ".join(sorted(formats)), parameters, sum(tensor.nbytes for tensor in tensors.values()))
+    return StoredPart(name, "; ".join(sorted(formats)), parameters, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def _memory(checkpoint: Checkpoint, dtype: str, context: int) -> Memory:
@@ -134,12 +140,16 @@ def _memory(checkpoint: Checkpoint, dtype: str, context: int) -> Memory:
         for name, tensor in checkpoint.tensors.items()
     )
     position = {True: 0, False: 0}  # bytes of keys and values a position, on sliding layers and on full ones
+    cache = 0
     for layer in config.layers:
-        position[layer.is_sliding] += 2 * layer.num_key_value_heads * layer.head_dim * itemsize
+        each = 2 * layer.num_key_value_heads * layer.head_dim * itemsize
+        room = Room(config.sliding_window if layer.is_sliding else None, config.canvas_length)
+        position[layer.is_sliding] += each
+        cache += each * room.capacity(context, context + config.canvas_length)
     return Memory(
         weights=weights,
         cache_per_token=position[False],
         cache_windows=position[True] * (config.sliding_window - 1),
-        cache=position[False] * context + position[True] * min(context, config.sliding_window - 1),
-        logits=config.canvas_length * config.vocab_size * 4,
+        cache=cache,
+        workspace=LOGITS_AT_ONCE * config.canvas_length * config.vocab_size * 4,
     )

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.chat.reply import Event, Reply
+from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.editing.infilling import Infill
 from mlx_diffgemma.sampler import Draft
 from mlx_diffgemma.server.requests import Options
+from mlx_diffgemma.writing import Content, Reasoning, ToolCall
 
 #: Stands for the log-probability of what has none in JSON: minus infinity.
 LEAST_LOGPROB = -9999.0
@@ -40,7 +40,7 @@ class Answer:
         """The chunks that a stream begins with."""
         return []
 
-    def chunks(self, index: int, event: Event) -> list[Json]:
+    def chunks(self, index: int, event: ReplyEvent) -> list[Json]:
         """The chunks that an event of one choice is told by; those of a stream that is not asked for are none."""
         if isinstance(event, Draft):
             return [self._chunk([], diffgemma={"draft": self._draft(index, event)})] if self.options.drafts else []
@@ -110,10 +110,10 @@ class Answer:
             "block": draft.block,
             "step": draft.step,
             "temperature": round(draft.temperature, 6),
-            "cells": [self.cell(token) for token in draft.argmax[0].tolist()],
-            "entropy": [round(nats, 3) for nats in draft.entropy[0].tolist()],
-            "accepted": draft.accepted[0].astype(int).tolist(),
-            "done": bool(draft.done[0]),
+            "cells": [self.cell(token) for token in draft.argmax.tolist()],
+            "entropy": [round(nats, 3) for nats in draft.entropy.tolist()],
+            "accepted": draft.accepted.astype(int).tolist(),
+            "done": draft.done,
         }
 
     def _scored(self, reply: Reply) -> Iterable[tuple[str, float]]:

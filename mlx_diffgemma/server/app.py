@@ -21,7 +21,7 @@ from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server import metrics
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.middleware import Guarded, Observed, error_response
-from mlx_diffgemma.server.routes import Generation
+from mlx_diffgemma.server.routes import ModelRoutes
 from mlx_diffgemma.server.settings import Settings
 
 #: The page's files, as paths and types.
@@ -33,16 +33,16 @@ OPEN_PATHS = ("/health", *(path for path, _ in PAGE.values()))
 def create_app(engine: Engine, settings: Settings) -> Starlette:
     """The application; ``engine`` is started and stopped by the caller. Raises CheckpointError or OSError for what is missing."""
     app = _App(engine, settings)
-    generation = Generation(engine, settings, app.metrics)
+    answers = ModelRoutes(engine, settings, app.metrics)
     routes = [
         *(Route(path, app.page(name, kind), methods=["GET"]) for name, (path, kind) in PAGE.items()),
         Route("/health", app.health, methods=["GET"]),
         Route("/metrics", app.prometheus, methods=["GET"]),
         Route("/v1/models", app.models, methods=["GET"]),
         Route("/v1/models/{name:path}", app.model, methods=["GET"]),
-        Route("/v1/chat/completions", generation.chat, methods=["POST"]),
-        Route("/v1/completions", generation.completions, methods=["POST"]),
-        Route("/v1/infill", generation.infill, methods=["POST"]),
+        Route("/v1/chat/completions", answers.chat, methods=["POST"]),
+        Route("/v1/completions", answers.completions, methods=["POST"]),
+        Route("/v1/infill", answers.infill, methods=["POST"]),
     ]
     cors = Middleware(
         CORSMiddleware,

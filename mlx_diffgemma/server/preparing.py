@@ -2,21 +2,21 @@
 
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.chat.reply import Event, reply
-from mlx_diffgemma.editing.infilling import Infill, parse_template
-from mlx_diffgemma.pipeline import DiffusionGemma, sampling_options
-from mlx_diffgemma.prefix_cache import Context, PrefixCache, read
+from mlx_diffgemma.chat.reply import Reply, ReplyEvent, reply
+from mlx_diffgemma.editing.infilling import Infill, infill, parse_template
+from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
 from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server.errors import ApiError
-from mlx_diffgemma.server.requests import Chat, Completion, Infilling, Options
+from mlx_diffgemma.server.requests import ChatRequest, CompletionRequest, InfillRequest, Options
 from mlx_diffgemma.server.settings import Settings
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.writing import Generation, Writing, sampling_config, write
 
 
 @dataclass(frozen=True)
@@ -24,74 +24,79 @@ class Question:
     """Prompts that are ready to be read, and how to answer them; choice i of n of prompt p is number p * n + i.
 
     Attributes:
-        prompts: token ids, each int32 [1, N].
-        prompt_text: as the chat template wrote it.
+        prompts: token ids, each int32 [N].
         seeds: one a choice.
-        arguments: of :func:`~mlx_diffgemma.chat.reply.reply`, which all choices share.
+        writing: how to write each choice, but for its seed.
+        markup: whether thoughts and tool calls are told from the answer.
     """
 
     prompts: tuple[NDArray[np.int32], ...]
-    prompt_text: str
     seeds: tuple[int, ...]
-    arguments: dict[str, Any]
+    writing: Writing
+    markup: bool
 
-    def answered(self, engine: Engine, kept: PrefixCache, wanted: tuple[type, ...]) -> Iterator[tuple[int, Event]]:
+    def answered(self, engine: Engine, kept: PrefixCache, wanted: tuple[type, ...]) -> Iterator[tuple[int, ReplyEvent]]:
         """Work for the engine: the ``wanted`` events of all choices, with their numbers."""
-        per_prompt = len(self.seeds) // len(self.prompts)
-        replies = []
-        for number, prompt in enumerate(self.prompts):
-            tokenizer = engine.model.tokenizer
-            context = read(engine.model.backend, prompt, kept, end_of_turn_id=tokenizer.end_of_turn_id)
-            seeds = self.seeds[number * per_prompt : (number + 1) * per_prompt]
-            replies += [self._reply(engine, context.repeated(), kept, seed) for seed in seeds]
-        for index, event in engine.gather(replies):
-            if isinstance(event, wanted):
-                yield index, event
+        model, per_prompt = engine.model, len(self.seeds) // len(self.prompts)
+        contexts: list[Context] = []
+        for prompt in self.prompts:
+            context = read(model.backend, prompt, model.piece_rule, kept)
+            contexts += [context.fork() for _ in range(per_prompt)]
+        replies = [self._reply(engine, *each) for each in zip(contexts, self.seeds, strict=True)]
+        try:
+            for index, event in engine.gather(replies):
+                if isinstance(event, Reply):
+                    # What is left of a reply is encoded for the next turn when nothing else is to be done.
+                    engine.later(self._settling(model, contexts[index], event.tokens, kept))
+                if isinstance(event, wanted):
+                    yield index, event
+        finally:
+            for context in contexts:
+                kept.recount(context.cache)
 
-    def _reply(self, engine: Engine, context: Context, kept: PrefixCache, seed: int) -> Iterator[Event]:
-        return reply(
-            engine.model,
-            context,
-            seed=seed,
-            prompt_text=self.prompt_text,
-            kept=kept,
-            stopping=lambda: engine.stopping,
-            **self.arguments,
-        )
+    def _reply(self, engine: Engine, context: Context, seed: int) -> Iterator[ReplyEvent]:
+        model, writing = engine.model, replace(self.writing, seed=seed)
+        if self.markup:
+            return reply(model, context, writing, stopping=lambda: engine.stopping)
+        events = write(model.backend, model.tokenizer, context, writing, stopping=lambda: engine.stopping)
+        return (Reply.of(event) if isinstance(event, Generation) else event for event in events)
+
+    def _settling(self, model: DiffusionGemma, context: Context, tokens: list[int], kept: PrefixCache) -> Callable[[], None]:
+        step = self.writing.step(model.backend.config)
+        return lambda: settle(model.backend, context, tokens, model.piece_rule, kept, step=step)
 
 
-def chat_question(model: DiffusionGemma, chat: Chat, settings: Settings) -> Question:
+def chat_question(model: DiffusionGemma, chat: ChatRequest, settings: Settings) -> Question:
     """Render and encode a conversation; raises InputError or ApiError."""
-    template: dict[str, Any] = {"tools": list(chat.tools) or None, "enable_thinking": chat.thinking}
-    ids = model.tokenizer.chat(chat.messages, escape=True, **template)
-    text = model.tokenizer.render(chat.messages, **template)
-    return _question(model, [model.prompt_ids(ids)], text, chat.options, settings, markup=True)
+    ids = model.tokenizer.chat(chat.messages, tools=list(chat.tools) or None, enable_thinking=chat.thinking)
+    return _question(model, [model.prompt_ids(ids)], chat.options, settings, markup=True)
 
 
-def completion_question(model: DiffusionGemma, completion: Completion, settings: Settings) -> Question:
+def completion_question(model: DiffusionGemma, completion: CompletionRequest, settings: Settings) -> Question:
     """Encode raw texts, each after the beginning-of-sequence token; raises InputError or ApiError."""
     begin = model.tokenizer.bos_token_id
     prompts = []
     for prompt in completion.prompts:
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        prompts.append(model.prompt_ids(ids if ids[0] == begin else [begin, *ids]))
-    return _question(model, prompts, "", completion.options, settings, markup=False)
+        prompts.append(model.prompt_ids(ids if ids[:1] == [begin] else [begin, *ids]))
+    return _question(model, prompts, completion.options, settings, markup=False)
 
 
-def infill_work(model: DiffusionGemma, request: Infilling) -> Callable[[], Iterator[Infill]]:
+def infill_work(model: DiffusionGemma, request: InfillRequest, batch: str) -> Callable[[], Iterator[Infill]]:
     """Work for the engine: one :class:`~mlx_diffgemma.editing.infilling.Infill`. What it refuses, it refuses when it begins."""
     options = request.options
     seed = _fresh_seed() if options.seed is None else options.seed
 
     def work() -> Iterator[Infill]:
-        yield model.infill(
+        yield infill(
+            model,
             request.template,
             marker=request.marker,
             prompt=request.prompt,
             raw=request.raw,
             system=request.system,
             seed=seed,
-            escape=True,
+            batch=batch,
             canvas_length=request.canvas_length,
             **options.sampling(model.checkpoint.generation),
         )
@@ -99,33 +104,29 @@ def infill_work(model: DiffusionGemma, request: Infilling) -> Callable[[], Itera
     return work
 
 
-def known_tokens(model: DiffusionGemma, request: Infilling) -> int:
+def known_tokens(model: DiffusionGemma, request: InfillRequest) -> int:
     """Tokens of the text around the holes."""
     template = request.template
     parts = parse_template(template, request.marker) if isinstance(template, str) else template
-    return sum(len(model.tokenizer.encode(part, escape=True)) for part in parts if isinstance(part, str))
+    return sum(len(model.tokenizer.encode(part)) for part in parts if isinstance(part, str))
 
 
 def _question(
-    model: DiffusionGemma, prompts: list[NDArray[np.int32]], text: str, options: Options, settings: Settings, *, markup: bool
+    model: DiffusionGemma, prompts: list[NDArray[np.int32]], options: Options, settings: Settings, *, markup: bool
 ) -> Question:
     generation = model.checkpoint.generation
     canvas = 1 if options.mode == "causal" else generation.canvas_length or model.backend.config.canvas_length
-    longest = max(prompt.shape[1] for prompt in prompts)
-    sampling = options.sampling(generation)
-    sampling["max_new_tokens"] = _max_new_tokens(longest, canvas, model.backend.config.max_position_embeddings, options, settings)
-    sampling_options(generation, options.mode, sampling)  # refuses now what a reply would refuse when it begins
+    room = _max_new_tokens(max(map(len, prompts)), canvas, model.backend.config.max_position_embeddings, options, settings)
     first = _fresh_seed() if options.seed is None else options.seed
-    arguments = {
-        **sampling,
-        "mode": options.mode,
-        "stop": options.stop,
-        "settled": Settled() if options.stream and options.settled else None,
-        "logprobs": options.logprobs,
-        "markup": markup,
-    }
+    writing = Writing(
+        config=sampling_config(generation, options.mode, {**options.sampling(generation), "max_new_tokens": room}),
+        seed=first,
+        stop=options.stop,
+        settled=Settled() if options.stream and options.settled else None,
+        logprobs=options.logprobs,
+    )
     seeds = tuple((first + choice) % 2**64 for choice in range(options.n * len(prompts)))
-    return Question(tuple(prompts), text, seeds, arguments)
+    return Question(tuple(prompts), seeds, writing, markup)
 
 
 def _max_new_tokens(prompt: int, canvas: int, context: int, options: Options, settings: Settings) -> int:

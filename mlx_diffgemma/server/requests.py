@@ -86,7 +86,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatRequest:
     """A conversation to be answered: messages and tools as the chat template reads them."""
 
     messages: tuple[dict[str, Any], ...]
@@ -96,7 +96,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Completion:
+class CompletionRequest:
     """Texts, or token ids, to be gone on with."""
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -104,9 +104,9 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Infilling:
+class InfillRequest:
     """A text with holes; ``template``, ``marker``, ``prompt``, ``raw`` and ``system`` as in
-    :meth:`mlx_diffgemma.editing.texts.Editing.infill`. ``between`` tells that it was given as what is before and behind one hole."""
+    :func:`mlx_diffgemma.editing.infilling.infill`. ``between`` tells that it was given as what is before and behind one hole."""
 
     template: str | tuple[str | Hole, ...]
     marker: str
@@ -273,7 +273,7 @@ def check_values(content: Any) -> None:
             raise ApiError(400, "the body holds a number that is out of range")
 
 
-def chat_request(content: dict[str, Any]) -> Chat:
+def chat_request(content: dict[str, Any]) -> ChatRequest:
     """The body of ``/v1/chat/completions``."""
     body = _parsed(_ChatBody, content, _UNSUPPORTED)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
@@ -284,7 +284,7 @@ def chat_request(content: dict[str, Any]) -> Chat:
     if thinking is None:
         thinking = body.reasoning_effort not in (None, "none")
     tools = [] if body.tool_choice == "none" else body.tools or []
-    return Chat(
+    return ChatRequest(
         messages=template_messages(body.messages),
         tools=tuple(tool.for_template() for tool in tools),
         thinking=thinking,
@@ -292,17 +292,17 @@ def chat_request(content: dict[str, Any]) -> Chat:
     )
 
 
-def completion_request(content: dict[str, Any]) -> Completion:
+def completion_request(content: dict[str, Any]) -> CompletionRequest:
     """The body of ``/v1/completions``."""
     body = _parsed(_CompletionBody, content, _UNSUPPORTED_IN_COMPLETIONS)
     if (body.n or 1) * len(body.prompt) > MAX_CHOICES:
         message = f"{len(body.prompt)} prompts with {body.n} choices each are too many; {MAX_CHOICES} texts a request at most"
         raise ApiError(400, message, param="n")
     prompts = (prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompt)
-    return Completion(tuple(prompts), _options(body, body.max_tokens, body.logprobs is not None, []))
+    return CompletionRequest(tuple(prompts), _options(body, body.max_tokens, body.logprobs is not None, []))
 
 
-def infill_request(content: dict[str, Any]) -> Infilling:
+def infill_request(content: dict[str, Any]) -> InfillRequest:
     """The body of ``/v1/infill``."""
     body = _parsed(_InfillBody, content, _UNSUPPORTED_IN_INFILLS)
     between = body.template is None
@@ -328,7 +328,7 @@ def infill_request(content: dict[str, Any]) -> Infilling:
         ignored=tuple(_ignored(body))[:MAX_IGNORED],
     )
     prompt = body.prompt if body.messages is None else template_messages(body.messages)
-    return Infilling(template, body.marker, prompt, body.raw, body.system, between, body.canvas_length, options)
+    return InfillRequest(template, body.marker, prompt, body.raw, body.system, between, body.canvas_length, options)
 
 
 def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored: Sequence[str]) -> Options:

@@ -8,32 +8,29 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from mlx_diffgemma.chat.markup import Content, Reasoning, ToolCall
-from mlx_diffgemma.chat.reply import Event, Reply
+from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Draft
 from mlx_diffgemma.scheduler.engine import Engine
-from mlx_diffgemma.server import requests as schema
-from mlx_diffgemma.server.answers import Answer, ChatAnswer, CompletionAnswer, encoded, infill_answer, server_sent
+from mlx_diffgemma.server import requests
+from mlx_diffgemma.server.answers import Answer, ChatAnswer, CompletionAnswer, encoded, infill_answer
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.metrics import Metrics
 from mlx_diffgemma.server.middleware import LEFT, read_body
 from mlx_diffgemma.server.preparing import Question, chat_question, completion_question, infill_work, known_tokens
-from mlx_diffgemma.server.running import Left, Running
 from mlx_diffgemma.server.settings import Settings
+from mlx_diffgemma.server.streaming import EventStream, Left, Running
+from mlx_diffgemma.writing import Content, Reasoning, ToolCall
 
 T = TypeVar("T")
 
-#: How long a client may take nothing of a stream before it counts as gone.
-SEND_SECONDS = 60.0
 #: Events of which a client is told something.
 _PARTS = (Reasoning, Content, ToolCall)
 
 
-class Generation:
+class ModelRoutes:
     """The routes, over one engine; keys and values are kept from request to request."""
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
@@ -45,26 +42,26 @@ class Generation:
         self.preparing = asyncio.Semaphore(1)  # one prompt at a time: tokenizers are not made for several threads
 
     async def chat(self, request: Request) -> Response:
-        chat = schema.chat_request(await self._body(request))
+        chat = requests.chat_request(await self._body(request))
         return await self._answered(request, chat_question, chat, ChatAnswer)
 
     async def completions(self, request: Request) -> Response:
-        completion = schema.completion_request(await self._body(request))
+        completion = requests.completion_request(await self._body(request))
         return await self._answered(request, completion_question, completion, CompletionAnswer)
 
     async def infill(self, request: Request) -> Response:
-        asked = schema.infill_request(await self._body(request))
+        asked = requests.infill_request(await self._body(request))
         self.settings.check_model(asked.options.model)
         prompt_tokens = await self._prepared(known_tokens, asked)
         try:
-            async with self._running(request, infill_work(self.engine.model, asked)) as running:
+            async with self._running(request, infill_work(self.engine.model, asked, self.engine.limits.batch)) as running:
                 [filled] = [event async for event in running if event is not None]
         except Left:
             return self._left()
         return _json(infill_answer(asked.options, self.settings.name, filled, prompt_tokens=prompt_tokens, between=asked.between))
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        return schema.read_json(await read_body(request, self.settings.max_body))
+        return requests.read_json(await read_body(request, self.settings.max_body))
 
     async def _prepared(self, prepare: Callable[..., T], *arguments: Any) -> T:
         """What ``prepare`` makes of a model and the arguments; long texts do not keep the event loop waiting."""
@@ -83,7 +80,7 @@ class Generation:
         self,
         request: Request,
         prepare: Callable[..., Question],
-        asked: schema.Chat | schema.Completion,
+        asked: requests.ChatRequest | requests.CompletionRequest,
         kind: type[Answer],
     ) -> Response:
         options = asked.options
@@ -94,7 +91,7 @@ class Generation:
         running = self._running(request, partial(question.answered, self.engine, self.kept, wanted))
         heard = self._listener(request, answer)
         if options.stream:
-            return _EventStream(running, answer, heard, self._left)
+            return EventStream(running, answer, heard, self._left)
         try:
             async with running:
                 async for item in running:
@@ -105,12 +102,12 @@ class Generation:
             return self._left()
         return _json(answer.whole())
 
-    def _listener(self, request: Request, answer: Answer) -> Callable[[Event], None]:
+    def _listener(self, request: Request, answer: Answer) -> Callable[[ReplyEvent], None]:
         """Counts what a request's events tell."""
         started, route, state = request.state.started, request.url.path, request.state
         silent = True
 
-        def heard(event: Event) -> None:
+        def heard(event: ReplyEvent) -> None:
             nonlocal silent
             if silent and isinstance(event, (*_PARTS, Reply)):
                 silent = False
@@ -129,49 +126,3 @@ class Generation:
 
 def _json(content: dict[str, Any]) -> Response:
     return Response(encoded(content), media_type="application/json")
-
-
-class _EventStream(Response):
-    """An answer as it comes, by server-sent events."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        running: Running[tuple[int, Event]],
-        answer: Answer,
-        heard: Callable[[Event], None],
-        left: Callable[[], Any],
-    ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["Content-Length"]  # it ends when it ends
-        self.running, self.answer, self.heard, self.left = running, answer, heard, left
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def put(body: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        def told(chunks: list[dict[str, Any]]) -> bytes:
-            return b"".join(map(server_sent, chunks))
-
-        try:
-            async with self.running:
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await put(told(self.answer.opening()))
-                async for item in self.running:
-                    if item is None:
-                        await put(b": keep-alive\n\n")
-                        continue
-                    self.heard(item[1])
-                    if chunks := self.answer.chunks(*item):
-                        await put(told(chunks))
-            await put(told(self.answer.closing()) + b"data: [DONE]\n\n")
-        except ApiError as error:
-            scope["state"]["status"] = error.status
-            await put(server_sent(error.body()))
-        except (Left, TimeoutError):
-            scope["state"]["status"] = LEFT
-            self.left()
-            return
-        await put(b"", more=False)

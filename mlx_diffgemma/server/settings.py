@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mlx_diffgemma.prefix_cache import MAX_BYTES
 from mlx_diffgemma.server.errors import ApiError
 
 
@@ -26,8 +27,8 @@ class Settings:
     max_tokens: int = 2048
     max_prompt_tokens: int | None = None
     max_body: int = 1 << 20
-    timeout: float | None = 600.0
-    cache_memory: int = 4 << 30
+    timeout: float | None = 600
+    cache_memory: int = MAX_BYTES
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
 

@@ -1,11 +1,12 @@
 """What the tests of the causal mode and of scoring share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma import Draft
+from mlx_diffgemma import Block, Token
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -14,9 +15,16 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def picked(logprobs: NDArray[Any], tokens: NDArray[np.int32]) -> NDArray[Any]:
+    """Of log-probabilities [.., V], those of tokens [..]."""
     return np.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
 
 
-def written(events: Any) -> NDArray[np.int32]:
-    """The new tokens [B, N] of either sampler."""
-    return np.concatenate([event.tokens for event in events if not isinstance(event, Draft)], axis=1)
+def written(events: Iterable[Any]) -> NDArray[np.int32]:
+    """The new tokens [N] of either sampler."""
+    tokens: list[int] = []
+    for event in events:
+        if isinstance(event, Block):
+            tokens += event.tokens.tolist()
+        elif isinstance(event, Token):
+            tokens.append(event.token)
+    return np.array(tokens, np.int32)

@@ -1,7 +1,8 @@
 """What the converter's tests share: a small source, the command, and how its refusals are asserted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -33,10 +34,22 @@ SHAPE = {
     },
 }
 
+#: One layer whose experts, and an embedding, are each read in several pieces of PIECE_BYTES, the last of them not full.
+LARGE = {
+    "canvas_length": 8,
+    "text_config": {
+        **SHAPE["text_config"],  # type: ignore[dict-item]
+        "vocab_size": 40_000,
+        "num_hidden_layers": 1,
+        "num_experts": 300,
+        "layer_types": ["full_attention"],
+    },
+}
 
-def make_source(folder: Path) -> Path:
+
+def make_source(folder: Path, shape: Mapping[str, Any] = SHAPE) -> Path:
     """A BF16 checkpoint as transformers saves it, with the files of a tokenizer, and one that is none of a model's."""
-    make_checkpoint(folder, SHAPE, bfloat16=True)
+    make_checkpoint(folder, shape, bfloat16=True)
     for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json", "training_log.json"):
         (folder / name).write_text(f"the content of {name}")
     return folder

@@ -1,13 +1,13 @@
 """A backend that computes nothing: it answers by a script, and keeps what it was asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Denoised
+from mlx_diffgemma.backends import Denoised, Piece, Row
 from mlx_diffgemma.config import FULL, LayerConfig, ModelConfig, RopeConfig
 
 L, V = 6, 50
@@ -16,80 +16,159 @@ MODEL = ModelConfig(
     top_k_experts=1, rms_norm_eps=1e-6, final_logit_softcapping=30.0, sliding_window=4, max_position_embeddings=64,
     canvas_length=L, layers=(LayerConfig(FULL, 8, 1, RopeConfig("default", 1e4)),),
 )  # fmt: skip
-Answer = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
 
 
-@dataclass
-class FakeBackend:
-    """Answers what ``script(block, step, canvas)`` says: argmax, sampled and entropy. Keeps what it was asked."""
+class FakeCache(list[int]):
+    """The tokens that a cache would hold, at 10 bytes a position.
 
-    script: Callable[[int, int, NDArray[np.int32]], Answer]
-    config: ModelConfig = MODEL
-    name, device, dtype, exact_rows = "fake", "none", "none", True
-    encoded: list[NDArray[np.int32]] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    Attributes:
+        denoised: how long it was, each time that a row over it was denoised.
+    """
 
-    def new_cache(self, batch_size: int = 1) -> list[int]:
-        return []
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        super().__init__(tokens)
+        self.denoised: list[int] = []
 
-    def encode(self, tokens: NDArray[np.int32], cache: list[int]) -> None:
-        self.encoded.append(tokens.copy())
-        cache.extend(range(tokens.shape[1]))
+    def fork(self) -> "FakeCache":
+        return FakeCache(self)
 
-    def denoise(self, canvas: NDArray[np.int32], cache: list[int], **given: Any) -> Denoised:
-        block = len(self.encoded) - 1
-        step = 1 + sum(asked["block"] == block for asked in self.steps)
-        self.steps.append({"block": block, "step": step, "canvas": canvas.copy(), "cached": len(cache), **given})
-        return Denoised(*self.script(block, step, canvas), self_conditioning=(block, step))
-
-
-class Marked(list[int]):
-    """What a fake cache holds, at 10 bytes a position."""
+    def buffers(self) -> dict[int, int]:
+        return {id(self): 10 * len(self)}
 
     @property
     def nbytes(self) -> int:
         return 10 * len(self)
 
 
-class FakeCache(Marked):
-    """Positions, or the tokens there; like the real ones, it can be cut back to where its windows were."""
+@dataclass(frozen=True)
+class Asked:
+    """A row that the fake was asked to denoise.
 
-    def repeated(self, rows: int) -> "FakeCache":
-        return FakeCache(self)
+    Attributes:
+        block, step: of its text: how many canvases its cache had before, from 0, and steps in this one, from 1.
+        cached: the tokens in its cache.
+    """
 
-    def windows(self) -> Marked:
-        return Marked(self)
+    row: Row
+    block: int
+    step: int
+    cached: list[int]
 
-    def cut(self, windows: Marked) -> "FakeCache":
-        assert self[: len(windows)] == windows
-        return FakeCache(windows)
+    @property
+    def canvas(self) -> list[int]:
+        tokens: list[int] = self.row.canvas.tolist()
+        return tokens
+
+
+#: Argmax, sampled and entropy of a row; see :func:`full`.
+Answer = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
 
 
 @dataclass
-class EditingFake(FakeBackend):
-    """Keeps to frozen tokens, and scores tokens by ``causal`` and ``canvas``, which map token ids to log-probabilities."""
+class FakeBackend:
+    """Answers a row by ``script``; frozen positions answer themselves, as everywhere.
 
+    Attributes:
+        causal, canvas: log-probabilities of token ids, in ``score`` and in ``score_canvas``.
+        following: the likeliest token after those in a cache, in ``next_logits``; by default their number.
+        head: logits [N, V] of a piece or a row, in ``logits``; zeros by default.
+        during: called within each call, with its method's name and its parts.
+        peak: what ``peak_memory`` tells.
+        calls: the methods that were called, and of each part its tokens.
+        asked: the rows that were denoised, in order.
+    """
+
+    script: Callable[[Asked], Answer] = lambda asked: full(asked.canvas, width=len(asked.canvas))
+    config: ModelConfig = MODEL
     causal: Callable[[NDArray[np.int32]], Any] = np.zeros_like
     canvas: Callable[[NDArray[np.int32]], Any] = np.zeros_like
-    scored: list[NDArray[np.int32]] = field(default_factory=list)
+    following: Callable[[list[int]], int] = len
+    head: Callable[[Piece | Row], Any] = lambda part: np.zeros((len(_tokens(part)), V))
+    during: Callable[[str, Sequence[Any]], object] = lambda method, parts: None
+    exact_rows: bool = True
+    peak: int | None = None
+    calls: list[tuple[str, list[list[int]]]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    name, device, dtype = "fake", "none", "float32"
 
-    def new_cache(self, batch_size: int = 1) -> FakeCache:
+    def new_cache(self) -> FakeCache:
         return FakeCache()
 
-    def denoise(self, canvas: NDArray[np.int32], cache: list[int], **given: Any) -> Denoised:
-        answer, frozen = super().denoise(canvas, cache, **given), given["frozen"]
-        return answer if frozen is None else answer._replace(argmax=np.where(frozen >= 0, frozen, answer.argmax))
+    def peak_memory(self) -> int | None:
+        return self.peak
 
-    def score(self, tokens: NDArray[np.int32], cache: list[int]) -> NDArray[np.float32]:
-        self.scored.append(tokens.copy())
-        return np.asarray(self.causal(tokens), np.float32)
+    def encode(self, pieces: Sequence[Piece]) -> None:
+        self._note("encode", pieces, [piece.tokens for piece in pieces])
+        for piece in pieces:
+            piece.cache.extend(piece.tokens.tolist())  # type: ignore[attr-defined]
 
-    def score_canvas(self, canvas: NDArray[np.int32], cache: list[int]) -> NDArray[np.float32]:
-        return np.asarray(self.canvas(canvas), np.float32)
+    def next_logits(self, caches: Sequence[FakeCache]) -> NDArray[np.float32]:
+        self._note("next_logits", caches, [np.array(cache) for cache in caches])
+        tokens = np.arange(self.config.vocab_size)
+        return np.stack([np.float32(10) * (tokens == self.following(list(cache))).astype(np.float32) for cache in caches])
+
+    def score(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        self._note("score", pieces, [piece.tokens for piece in pieces])
+        for piece in pieces:
+            piece.cache.extend(piece.tokens.tolist())  # type: ignore[attr-defined]
+        return [np.asarray(self.causal(piece.tokens), np.float32) for piece in pieces]
+
+    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        self._note("denoise", rows, [row.canvas for row in rows])
+        return [self._denoise(row) for row in rows]
+
+    def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        self._note("score_canvas", rows, [row.canvas for row in rows])
+        return [np.asarray(self.canvas(row.canvas), np.float32) for row in rows]
+
+    def logits(self, parts: Sequence[Piece | Row], trace: object = None) -> list[NDArray[np.float32]]:
+        assert trace is None, "there are no hidden states here"
+        self._note("logits", parts, [_tokens(part) for part in parts])
+        answers = [np.asarray(self.head(part), np.float32) for part in parts]
+        for part in parts:
+            if isinstance(part, Piece):
+                part.cache.extend(part.tokens.tolist())  # type: ignore[attr-defined]
+        return answers
+
+    def _denoise(self, row: Row) -> Denoised:
+        assert isinstance(row.cache, FakeCache)
+        lengths = row.cache.denoised
+        lengths.append(len(row.cache))
+        block = len(set(lengths)) - 1
+        asked = Asked(row, block, lengths.count(len(row.cache)), list(row.cache))
+        self.asked.append(asked)
+        argmax, sampled, entropy = self.script(asked)
+        if row.frozen is not None:
+            known = row.frozen >= 0
+            argmax, sampled = np.where(known, row.frozen, argmax), np.where(known, row.frozen, sampled)
+            entropy = np.where(known, np.float32(0), entropy)
+        return Denoised(argmax, sampled, entropy, (asked.block, asked.step))
+
+    def _note(self, method: str, parts: Sequence[Any], tokens: Sequence[NDArray[np.int32]]) -> None:
+        self.calls.append((method, [each.tolist() for each in tokens]))
+        self.during(method, parts)
+
+    def tokens_of(self, method: str) -> list[list[list[int]]]:
+        """Of each call of a method, its parts' tokens."""
+        return [tokens for name, tokens in self.calls if name == method]
 
 
-def full(tokens: Any, entropy: Any = 0.0, sampled: Any = None) -> Answer:
-    """An answer for one row or more; ``tokens`` and ``entropy`` broadcast over the canvas."""
-    argmax = np.atleast_2d(np.broadcast_to(np.asarray(tokens, np.int32), np.broadcast_shapes(np.shape(tokens), (L,))))
-    drawn = argmax if sampled is None else np.broadcast_to(np.asarray(sampled, np.int32), argmax.shape)
-    return argmax, drawn, np.broadcast_to(np.asarray(entropy, np.float32), argmax.shape)
+def _tokens(part: Piece | Row) -> NDArray[np.int32]:
+    return part.tokens if isinstance(part, Piece) else part.canvas
+
+
+def full(tokens: Any, entropy: Any = 0.0, sampled: Any = None, *, width: int = L) -> Answer:
+    """An answer for one row; ``tokens``, ``entropy`` and ``sampled`` broadcast over the canvas."""
+    argmax = np.broadcast_to(np.asarray(tokens, np.int32), (width,))
+    drawn = argmax if sampled is None else np.broadcast_to(np.asarray(sampled, np.int32), (width,))
+    return argmax, drawn, np.broadcast_to(np.asarray(entropy, np.float32), (width,))
+
+
+def writes(text: Callable[[Asked], list[int]], pad: int = 0) -> Callable[[Asked], Answer]:
+    """A script that is sure of the tokens that ``text`` gives for a canvas, and of padding behind them."""
+
+    def script(asked: Asked) -> Answer:
+        width = len(asked.canvas)
+        return full([*text(asked)[:width], *[pad] * width][:width], width=width)
+
+    return script

@@ -5,6 +5,7 @@ in is the noise: :class:`_SeededModel` answers each of its random draws from :mo
 one seed can be compared one by one.
 """
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -197,12 +198,15 @@ class Reference:
         self.model = _SeededModel.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         ).eval()
+        # transformers 5.24 renamed it, and takes the older name until 5.40.
+        parameters = inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def encode(self, chunks: Iterable[NDArray[Any]]) -> tuple[DynamicCache, torch.Tensor]:
         """Run the encoder over one chunk after the other; the cache, and the last chunk's final hidden states [B, N, H]."""
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         for chunk in chunks:
-            encoded = self.model.model.encoder(input_ids=_ids(chunk), past_key_values=cache)
+            encoded = self.model.model.encoder(input_ids=_ids(chunk), **{self.cache_name: cache})
         return cache, encoded.last_hidden_state
 
     @torch.no_grad()
@@ -220,7 +224,7 @@ class Reference:
         cache, _ = self.encode(chunks)
         before = None if self_conditioning_logits is None else torch.tensor(self_conditioning_logits)
         logits: torch.Tensor = self.model(
-            decoder_input_ids=_ids(canvas), past_key_values=cache, self_conditioning_logits=before
+            decoder_input_ids=_ids(canvas), self_conditioning_logits=before, **{self.cache_name: cache}
         ).logits
         return logits.numpy()
 
@@ -298,7 +302,8 @@ class _SeededModel(DiffusionGemmaForBlockDiffusion):
         return positions, template[positions]
 
     def canvas_tokens(self, length: int) -> torch.Tensor:
-        canvas = noise.canvas_tokens(self.seeds, self.block, self.step, length, self.config.text_config.vocab_size)
+        size = self.config.text_config.vocab_size
+        canvas = np.stack([noise.canvas_tokens(seed, self.block, self.step, length, size) for seed in self.seeds])
         positions, tokens = self.pinned()
         canvas[:, positions] = tokens
         return _ids(canvas)
@@ -306,7 +311,7 @@ class _SeededModel(DiffusionGemmaForBlockDiffusion):
     def multinomial(self, probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
         """In place of ``torch.multinomial``: the most likely token under the Gumbel noise of this step, for each row [B * L]."""
         logits = self.processed_logits.numpy()
-        keys = noise.sampling_keys(self.seeds, self.block, self.step)
+        keys = np.array([noise.sampling_key(seed, self.block, self.step) for seed in self.seeds], np.uint32)
         positions = np.arange(logits.shape[1], dtype=np.uint32)
         tokens = np.arange(logits.shape[2], dtype=np.uint32)
         drawn = (logits + noise.gumbel(keys[:, None, None], positions[:, None], tokens)).argmax(axis=-1)

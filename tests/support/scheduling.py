@@ -1,5 +1,6 @@
 """What an engine is tested with: jobs that take steps of a backend that computes nothing, and who listens to them."""
 
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,78 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from mlx_diffgemma import DiffusionGemma
-from mlx_diffgemma.backends import Denoised
+from mlx_diffgemma.backends import Piece, Row
 from mlx_diffgemma.scheduler import engine as engine_module
-from mlx_diffgemma.scheduler.engine import Engine, Finished, Job
-from support.fake import MODEL
+from mlx_diffgemma.scheduler import jobs as jobs_module
+from mlx_diffgemma.scheduler.engine import Engine
+from mlx_diffgemma.scheduler.jobs import Finished, Job
+from mlx_diffgemma.scheduler.limits import Limits
+from support.fake import Answer, Asked, FakeBackend, FakeCache, full
 
 WIDTH, SECONDS = 4, 20.0  # of a canvas; to wait for what must come
-
-
-class Rows:
-    """A cache: the positions of each row."""
-
-    def __init__(self, rows: list[list[int]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows[0])
-
-    def joined(self, others: list["Rows"]) -> "Rows":
-        return Rows([list(row) for part in (self, *others) for row in part.rows])
-
-
-@dataclass
-class Scripted:
-    """Answers each row of a canvas with the row itself, and keeps the first token of each row that it was asked about.
-
-    Attributes:
-        calls: the kind of each call, and those tokens.
-        joined: the caches of passes of several.
-        during: called with the number of the call, from 1, within it.
-    """
-
-    during: Callable[[int], None] = lambda _: None
-    calls: list[tuple[str, list[int]]] = field(default_factory=list)
-    joined: list[Rows] = field(default_factory=list)
-    config = MODEL
-    name, device, dtype, exact_rows = "scripted", "none", "float32", True
-    logits = peak_memory = None
-
-    def new_cache(self, batch_size: int = 1) -> Rows:
-        return Rows([[] for _ in range(batch_size)])
-
-    def encode(self, tokens: NDArray[np.int32], cache: Rows, *, logits: bool = False) -> NDArray[np.float32] | None:
-        self._note("encode", tokens)
-        for row, new in zip(cache.rows, tokens.tolist(), strict=True):
-            row.extend(new)
-        return np.full((1, 1), len(cache), np.float32) if logits else None
-
-    def score(self, tokens: NDArray[np.int32], cache: Rows) -> NDArray[np.float32]:
-        self.encode(tokens, cache)
-        return tokens.astype(np.float32)
-
-    def denoise(self, canvas: NDArray[np.int32], cache: Rows, **given: Any) -> Denoised:
-        self._note("denoise", canvas)
-        assert [row[0] for row in cache.rows] == canvas[:, 0].tolist(), "rows of a canvas with rows of another cache"
-        if len(canvas) > 1 and all(cache is not known for known in self.joined):
-            self.joined.append(cache)
-        before = given["self_conditioning"]
-        if before is not None:
-            before = np.concatenate(before) if isinstance(before, list) else before
-            assert before.tolist() == canvas.tolist(), "self-conditioning of other rows"
-        return Denoised(canvas, canvas, np.zeros(canvas.shape, np.float32), canvas.copy())
-
-    def _note(self, kind: str, tokens: NDArray[np.int32]) -> None:
-        self.calls.append((kind, tokens[:, 0].tolist()))
-        self.during(len(self.calls))
-
-    @property
-    def steps(self) -> list[list[int]]:
-        return [tokens for kind, tokens in self.calls if kind == "denoise"]
 
 
 @dataclass
@@ -103,26 +43,53 @@ class Inbox:
 
 
 class Bench:
-    """An engine on a scripted backend, and jobs that take steps on it."""
+    """An engine on a backend that answers each canvas with itself, and jobs that take steps on it.
 
-    def __init__(self, **options: Any) -> None:
-        self.backend = Scripted()
+    Attributes:
+        during: called with the number of each call of the backend, from 1, within it.
+        closed: the requests whose `finally` ran, in the engine's thread.
+        caches: of all jobs, in the order in which they were made.
+        idled: the requests whose idle work was done to its end.
+    """
+
+    def __init__(self, *, exact_rows: bool = True, **options: Any) -> None:
+        self.during: Callable[[int], object] = lambda call: None
+        self.backend = FakeBackend(
+            self._answer, exact_rows=exact_rows, during=lambda method, parts: self.during(len(self.backend.calls))
+        )
         model = DiffusionGemma(None, self.backend)  # type: ignore[arg-type]
         model.tokenizer = None  # type: ignore[assignment]
-        self.engine = Engine(model, **options)
-        self.closed: list[int] = []  # the requests whose `finally` ran, in the engine's thread
-        self.caches: list[weakref.ref[Rows]] = []
+        self.engine = Engine(model, Limits(**options))
+        self.closed: list[int] = []
+        self.caches: list[weakref.ref[FakeCache]] = []
+        self.idled: queue.Queue[int] = queue.Queue()
 
-    def steps(self, token: int, count: int = 4, length: int = 3, cooling: float = 0.0) -> Iterator[int]:
+    def _answer(self, asked: Asked) -> Answer:
+        assert asked.cached[0] == asked.canvas[0], "a canvas over another text's cache"
+        assert asked.row.self_conditioning == (None if asked.step == 1 else (0, asked.step - 1)), "of another row"
+        return full(asked.canvas, width=len(asked.canvas))
+
+    @property
+    def calls(self) -> list[tuple[str, list[int]]]:
+        """The backend's calls: the method, and the first token of each part, which tells the request."""
+        return [(method, [tokens[0] for tokens in parts]) for method, parts in self.backend.calls]
+
+    @property
+    def passes(self) -> list[list[int]]:
+        """The requests in each pass in which canvases were denoised."""
+        return [tokens for method, tokens in self.calls if method == "denoise"]
+
+    def steps(self, token: int, count: int = 4, length: int = 3, width: int = WIDTH, cooling: float = 0.0) -> Iterator[int]:
         """One encode of ``length`` tokens, and ``count`` steps; ``token`` tells the request."""
         backend = self.engine.model.backend
-        cache, canvas = backend.new_cache(1), np.full((1, WIDTH), token, np.int32)
+        cache, canvas = backend.new_cache(), np.full(width, token, np.int32)
+        assert isinstance(cache, FakeCache)
         self.caches.append(weakref.ref(cache))
         conditioning = None
         try:
-            backend.encode(np.full((1, length), token, np.int32), cache)
+            backend.encode([Piece(np.full(length, token, np.int32), cache)])
             for step in range(count):
-                result = backend.denoise(canvas, cache, temperature=1 - cooling * step, self_conditioning=conditioning)
+                [result] = backend.denoise([Row(canvas, cache, 1 - cooling * step, self_conditioning=conditioning)])
                 assert result.argmax.tolist() == canvas.tolist()
                 conditioning = result.self_conditioning
                 yield step
@@ -133,6 +100,16 @@ class Bench:
     def submit(self, token: int, client: str = "a", *, seconds: float | None = None, **options: Any) -> tuple[Job, Inbox]:
         inbox = Inbox()
         return self.engine.submit(lambda: self.steps(token, **options), inbox, client=client, seconds=seconds), inbox
+
+    def idle(self, token: int, **options: Any) -> Callable[[], object]:
+        """The same steps as idle work."""
+
+        def work() -> None:
+            for _ in self.steps(token, **options):
+                pass
+            self.idled.put(token)
+
+        return work
 
 
 @pytest.fixture
@@ -153,5 +130,6 @@ def bench() -> Iterator[Callable[..., Bench]]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The engine's clock, which stands still but for ``clock.now``."""
     made = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: made.now))
+    for module in (engine_module, jobs_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))
     return made

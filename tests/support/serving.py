@@ -1,28 +1,46 @@
 """A server to ask: the real one, in threads, with a real model or one that writes what it is told."""
 
+import asyncio
 import contextlib
 import re
+import selectors
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import uvicorn
 
 from mlx_diffgemma import DiffusionGemma
-from mlx_diffgemma.backends import Denoised
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.scheduler.engine import Engine
+from mlx_diffgemma.scheduler.limits import Limits
 from mlx_diffgemma.server.app import create_app
 from mlx_diffgemma.server.settings import Settings
-from support.fake import FakeCache
+from support.fake import Asked, FakeBackend, writes
 
 #: To wait for what must come.
 SECONDS = 20.0
+#: How much faster the clock of a hurried server runs.
+HURRY = 500
+
+
+class HurriedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock runs :data:`HURRY` times as fast: half a minute in it is over in 60 ms."""
+
+    def __init__(self) -> None:
+        class Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+            def select(self, timeout: float | None = None) -> Any:
+                return super().select(None if timeout is None else timeout / HURRY)
+
+        super().__init__(Selector())
+
+    def time(self) -> float:
+        return HURRY * super().time()
 
 
 @dataclass
@@ -44,11 +62,20 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: DiffusionGemma, *, parallel: int = 4, queue: int = 8, **options: Any) -> Iterator[Served]:
-    engine = Engine(model, parallel=parallel, queue=queue)
+def serving(
+    model: DiffusionGemma, *, parallel: int = 4, queue: int = 8, hurried: bool = False, **options: Any
+) -> Iterator[Served]:
+    """A server that answers with a model; where it is ``hurried``, it waits a :data:`HURRY`-th of its times for clients."""
+    engine = Engine(model, Limits(parallel, queue))
     app = create_app(engine, Settings("tiny", **options))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, daemon=True)
+    stop_seconds = 5 * HURRY if hurried else 5
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=stop_seconds))
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=HurriedLoop if hurried else None) as runner:
+            runner.run(server.serve())
+
+    thread = threading.Thread(target=run, daemon=True)
     engine.start()
     thread.start()
     until(lambda: server.started)
@@ -70,34 +97,33 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0.005)
 
 
-@dataclass
-class Scripted:
-    """A backend that writes ``texts[tool answers in the prompt]``, and is held up in each step while the gate is shut."""
+class Writer:
+    """A model on a backend that writes ``texts[tool answers in the prompt]``.
 
-    checkpoint: Checkpoint
-    texts: Sequence[str]
-    gate: threading.Event = field(default_factory=threading.Event)
-    steps: int = 0
-    seconds: float = 0.0  # that a step takes
-    name, device, dtype, exact_rows = "scripted", "none", "float32", True
+    Attributes:
+        gate: while it is cleared, each denoising step is held up.
+        seconds: that a step takes.
+    """
 
-    def __post_init__(self) -> None:
-        self.config = self.checkpoint.config
-        self.model = DiffusionGemma(self.checkpoint, self)  # type: ignore[arg-type] (what is left out is not called)
-        self.new_cache, self.logits, self.peak_memory = lambda batch_size=1: FakeCache(), None, None
+    def __init__(self, folder: Path, texts: Sequence[str]) -> None:
+        checkpoint = Checkpoint.open(folder)
+        self.backend = FakeBackend(writes(self._part), checkpoint.config, during=self._hold)
+        self.model = DiffusionGemma(checkpoint, self.backend)  # type: ignore[arg-type]
+        self.texts, self.gate, self.seconds = texts, threading.Event(), 0.0
         self.gate.set()
 
-    def encode(self, tokens: Any, cache: FakeCache, *, logits: bool = False) -> None:
-        cache.extend(tokens[0].tolist())
+    @property
+    def steps(self) -> int:
+        """Denoising steps that have begun."""
+        return len(self.backend.tokens_of("denoise"))
 
-    def denoise(self, canvas: Any, cache: FakeCache, **given: Any) -> Denoised:
-        self.steps += 1
-        assert self.gate.wait(SECONDS)
-        time.sleep(self.seconds)
-        tokenizer = self.model.tokenizer
-        answered, begin = tokenizer.token_id("<tool_response|>"), tokenizer.token_id("<|turn>")
-        turn = max(place for place, token in enumerate(cache) if token in (answered, begin))
-        prompt = turn + 1 + (0 if cache[turn] == answered else len(tokenizer.encode("model\n")))
-        ids = tokenizer.encode(self.texts[cache.count(answered)])[len(cache) - prompt :][: canvas.shape[1]]
-        row = np.array([ids + [0] * (canvas.shape[1] - len(ids))], np.int32)
-        return Denoised(row, row, np.zeros(row.shape, np.float32), None)
+    def _part(self, asked: Asked) -> list[int]:
+        """The part of the text that falls into a canvas."""
+        tokenizer, width = self.model.tokenizer, len(asked.canvas)
+        answers = asked.cached.count(tokenizer.token_id("<tool_response|>"))
+        return tokenizer.encode(self.texts[answers], markup=True)[asked.block * width :][:width]
+
+    def _hold(self, method: str, parts: Sequence[Any]) -> None:
+        if method == "denoise":
+            assert self.gate.wait(SECONDS)
+            time.sleep(self.seconds)

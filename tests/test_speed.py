@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,62 +15,65 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, Denoised
+from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
-from mlx_diffgemma.config import GenerationConfig, ModelConfig
+from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.reports.speed import Spread, bench
-from mlx_diffgemma.sampler import Block, block_diffusion
+from mlx_diffgemma.sampler import Block, Text, block_diffusion
+from support.fake import FakeBackend, full
 
 Folder = Callable[..., Path]
 
 
-class Clocked:
-    """A backend that takes known times on a clock of its own: the first of either call is slow."""
+@dataclass
+class Clock:
+    """Passes of known times, each on its own kind of tokens: the first of a kind is slow.
 
-    name, device, dtype = "clocked", "cpu", "float32"
+    Attributes:
+        passes: their kinds, in order.
+    """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.now = 0.0
-        self.calls: list[str] = []
+    now: float = 0.0
+    passes: list[str] = field(default_factory=list)
 
-    def new_cache(self, batch_size: int = 1) -> list[Any]:
-        return []
-
-    def _take(self, call: str, seconds: float) -> None:
-        self.now += seconds if call in self.calls else 100.0
-        self.calls.append(call)
-
-    def encode(self, tokens: Any, cache: list[Any], *, logits: bool = False) -> Any:
-        cache.extend(tokens[0])
-        call = {30: "prompt", 8: "canvas", 1: "token"}[tokens.shape[1]]
-        self._take(call, {"prompt": 2.0 + self.calls.count(call) % 2, "canvas": 1.5, "token": 0.25}[call])
-        return np.zeros((1, self.config.vocab_size), np.float32) if logits else None
-
-    def denoise(self, canvas: Any, cache: list[Any], *, self_conditioning: Any = None, **options: Any) -> Denoised:
-        self._take("denoise", 0.5)
-        return Denoised(canvas, canvas, np.ones(canvas.shape, np.float32), (self_conditioning or 0) + 1)
-
-    def peak_memory(self) -> int:
-        return 12345
+    def during(self, method: str, parts: Sequence[Any]) -> None:
+        if method == "next_logits":
+            return
+        kind = method if method == "denoise" else {30: "prompt", 8: "canvas", 1: "token"}[len(parts[0].tokens)]
+        known = {"prompt": 2.0 + self.passes.count(kind) % 2, "canvas": 1.5, "token": 0.25, "denoise": 0.5}
+        self.now += known[kind] if kind in self.passes else 100.0
+        self.passes.append(kind)
 
 
 @pytest.fixture
-def clocked(checkpoint: Folder, monkeypatch: pytest.MonkeyPatch) -> Clocked:
-    backend = Clocked(Checkpoint.open(checkpoint("base")).config)
-    monkeypatch.setattr("time.perf_counter", lambda: backend.now)
-    return backend
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("time.perf_counter", lambda: made.now)
+    return made
 
 
-def test_warmup_does_not_count(clocked: Clocked) -> None:
+@pytest.fixture
+def clocked(checkpoint: Folder, clock: Clock) -> FakeBackend:
+    """A backend that takes known times on that clock, and is never sure of a canvas."""
+    return FakeBackend(
+        lambda asked: full(asked.canvas, 1.0, width=len(asked.canvas)),
+        Checkpoint.open(checkpoint("base")).config,
+        during=clock.during,
+        peak=12345,
+    )
+
+
+def test_warmup_does_not_count(clocked: FakeBackend, clock: Clock) -> None:
     config = GenerationConfig(max_new_tokens=12, max_denoising_steps=3, eos_token_ids=tuple(range(128)))
-    result = bench(clocked, config, prompt_length=30, repeats=4, warmup=1)  # type: ignore[arg-type]
+    result = bench(clocked, config, prompt_length=30, repeats=4, warmup=1)
     # 1 + 4 prompts with a canvas behind them; 1 fills the cache, then 1 + 4 steps; a prompt and then 1 + 4 tokens; and the two
     # blocks of the text, each encodes what comes before it and takes 3 steps
     steps, text = ["prompt"] + ["denoise"] * 5, ["prompt"] + ["denoise"] * 3 + ["canvas"] + ["denoise"] * 3
-    assert clocked.calls == ["prompt", "canvas"] * 5 + steps + ["prompt"] + ["token"] * 5 + text
+    assert clock.passes == ["prompt", "canvas"] * 5 + steps + ["prompt"] + ["token"] * 5 + text
+    signals = [asked.row.self_conditioning for asked in clocked.asked[:5]]
+    assert signals == [None, (0, 1), (0, 2), (0, 3), (0, 4)], "each step is fed what the one before believed"
     assert result.prefill == Spread(median=(30 / 2 + 30 / 3) / 2, least=30 / 3, most=30 / 2)
     assert result.step == Spread(0.5, 0.5, 0.5)
     assert result.commit == Spread(1.5, 1.5, 1.5)
@@ -79,14 +83,14 @@ def test_warmup_does_not_count(clocked: Clocked) -> None:
     assert (result.peak_device_memory, result.canvas_length, result.prompt_length) == (12345, 8, 30)
 
 
-def test_without_warmup_the_first_run_counts(clocked: Clocked) -> None:
-    result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1, warmup=0)  # type: ignore[arg-type]
+def test_without_warmup_the_first_run_counts(clocked: FakeBackend) -> None:
+    result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1, warmup=0)
     assert result.prefill == Spread(0.3, 0.3, 0.3)
     assert result.step.median == 100
 
 
-def test_choices(clocked: Clocked) -> None:
-    result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1)  # type: ignore[arg-type]
+def test_choices(clocked: FakeBackend) -> None:
+    result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1)
     # 8 tokens: 8 or 2 steps of 0.5 s and a commit of 1.5 s, against 8 tokens of 0.25 s. 16 do not fit into the canvas.
     assert result.choices() == [(1, 8 / 5.5, 4.0), (4, 8 / 2.5, 4.0)]
     assert [choice.mode for choice in result.choices()] == ["causal", "causal"]
@@ -104,13 +108,13 @@ def test_spread() -> None:
         ({"prompt_length": 0}, "prompt_length must be at least 1, got 0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
-        ({"seed": 2**64}, "a seed must lie between 0 and"),
+        ({"seed": 2**64}, r"a seed must be an integer between 0 and 2\^64 - 1"),
         ({"prompt_length": 510}, "exceed the model's context of 512 tokens"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_computed(clocked: Clocked, options: dict[str, int], message: str) -> None:
+def test_bad_input_is_refused_before_anything_is_computed(clocked: FakeBackend, options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        bench(clocked, GenerationConfig(max_new_tokens=8), **options)  # type: ignore[arg-type]
+        bench(clocked, GenerationConfig(max_new_tokens=8), **options)
     assert clocked.calls == []
 
 
@@ -138,8 +142,8 @@ def test_json_of_the_command(checkpoint: Folder, backend: Callable[..., Backend]
     config = GenerationConfig(
         max_new_tokens=12, max_denoising_steps=7, entropy_bound=2.0, confidence_threshold=1.0, eos_token_ids=()
     )
-    prompt = noise.canvas_tokens([5], 0, 0, 20, ours.config.vocab_size)
-    steps = [int(event.steps[0]) for event in block_diffusion(ours, prompt, config, seed=5) if isinstance(event, Block)]
+    prompt = noise.canvas_tokens(5, 0, 0, 20, ours.config.vocab_size)
+    steps = [event.steps for event in block_diffusion(ours, Text(prompt, 5), config) if isinstance(event, Block)]
     assert result["text"]["denoising_steps"] == steps
     assert (result["text"]["new_tokens"], result["text"]["prompt_tokens"]) == (12, 20)
     assert result["text"]["tokens_per_forward"] == pytest.approx(12 / sum(steps))

@@ -4,13 +4,12 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.backends import Piece, Row, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import CheckpointError, InputError
@@ -20,7 +19,7 @@ from mlx_diffgemma.tokenizer import Tokenizer
 from support.checkpoints import VOCAB_SIZE, edit_json
 from support.comparing import assert_close
 from support.converting import SHAPE, contents, converted, refused, run
-from support.fake import MODEL, FakeBackend, full
+from support.fake import MODEL, FakeBackend, FakeCache, full
 from support.reference import make_checkpoint
 from support.tiny_tokenizer import write_tokenizer
 
@@ -40,41 +39,39 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a backend whose answers are known ---
 
 
-class Known(FakeBackend):
+#: What a model was asked for its logits: the tokens, whether causally, and whether with self-conditioning.
+Question = tuple[NDArray[np.int32], bool, bool]
+
+
+def knowing(logits: NDArray[np.float32], conditioned: NDArray[np.float32], steps: int, asked: list[Question]) -> FakeBackend:
     """Answers the same logits [V] everywhere, other ones where there is self-conditioning, and is sure after ``steps`` steps."""
 
-    def __init__(self, logits: NDArray[np.float32], conditioned: NDArray[np.float32], steps: int) -> None:
-        super().__init__(lambda block, step, canvas: full_canvas(7, 0.0 if step >= steps else 1.0))
-        self.config = replace(MODEL, canvas_length=LENGTH, max_position_embeddings=10 * LENGTH)
-        self.answers = (logits, conditioned)
-        self.asked: list[tuple[NDArray[np.int32], bool, bool]] = []
+    def head(part: Piece | Row) -> NDArray[np.float32]:
+        causal, signal = isinstance(part, Piece), getattr(part, "self_conditioning", None)
+        tokens = part.tokens if isinstance(part, Piece) else part.canvas
+        asked.append((tokens.copy(), causal, signal is not None))
+        assert isinstance(part.cache, FakeCache)
+        before = len(part.cache) + (len(tokens) if causal else 0)
+        assert before == 1 + LENGTH, "the canvas comes after the prefix"
+        return np.broadcast_to(conditioned if signal is not None else logits, (len(tokens), MODEL.vocab_size)).copy()
 
-    def logits(self, tokens: NDArray[np.int32], cache: list[int], *, causal: bool = False, self_conditioning: Any = None) -> Any:
-        self.asked.append((tokens.copy(), causal, self_conditioning is not None))
-        if causal:
-            cache.extend(range(tokens.shape[1]))
-        assert len(cache) == 1 + LENGTH, "the canvas comes after the prefix"
-        return np.broadcast_to(self.answers[self_conditioning is not None], (*tokens.shape, MODEL.vocab_size)).copy()
-
-
-def full_canvas(token: int, entropy: float) -> Any:
-    argmax, drawn, entropies = full(token, entropy)
-    return tuple(np.repeat(array[:, :1], LENGTH, axis=1) for array in (argmax, drawn, entropies))
+    config = replace(MODEL, canvas_length=LENGTH, max_position_embeddings=10 * LENGTH)
+    return FakeBackend(lambda each: full(7, 0.0 if each.step >= steps else 1.0, width=LENGTH), config, head=head)
 
 
-def known(monkeypatch: pytest.MonkeyPatch, text: NDArray[np.int32]) -> tuple[Measurement, list[list[Any]]]:
+def known(monkeypatch: pytest.MonkeyPatch, text: NDArray[np.int32]) -> tuple[Measurement, list[list[Question]]]:
     """Measure two known backends; the result, and what either was asked."""
     rng = np.random.default_rng(0)
     answers = rng.normal(0, 3, (2, 2, MODEL.vocab_size)).astype(np.float32)
-    asked: list[list[Any]] = []
-    loaded: list[weakref.ref[Known]] = []
+    asked: list[list[Question]] = []
+    loaded: list[weakref.ref[FakeBackend]] = []
 
-    def load(checkpoint: Checkpoint, name: str | None, *, device: str | None, dtype: str | None) -> Known:
+    def load(checkpoint: Checkpoint, name: str | None, *, device: str | None, dtype: str | None) -> FakeBackend:
         gc.collect()
         assert all(model() is None for model in loaded), "two models are held at once"
         assert (name, device, dtype) == ("torch", "cpu", "float32")
-        backend = Known(*answers[len(loaded)], steps=3 + 4 * len(loaded))
-        asked.append(backend.asked)
+        asked.append([])
+        backend = knowing(*answers[len(loaded)], steps=3 + 4 * len(loaded), asked=asked[-1])
         loaded.append(weakref.ref(backend))
         return backend
 
@@ -105,8 +102,9 @@ def test_passes_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert how == how_too == [one.noise is None, one.self_conditioning]
         right = text[: 1 + LENGTH] if one.noise is None else text[1 + LENGTH : 1 + 2 * LENGTH]
         # a random token is the right one now and then
-        share = (tokens[0] != right).mean() / (1 - 1 / MODEL.vocab_size)
+        share = (tokens != right).mean() / (1 - 1 / MODEL.vocab_size)
         assert_close(share, one.noise or 0.0, 0.04 if one.noise else 0.0, f"share of noise, {one.noise}")
+        assert one.positions == len(right), "so few log-probabilities are kept whole"
     assert (found.source_steps, found.target_steps) == ((3,) * 4, (7,) * 4)
     assert (found.prefix_length, found.canvas_length, found.given) == (1 + LENGTH, LENGTH, 1 + 2 * LENGTH)
     assert found.steps() == "Denoising steps per block, mean of 4: 3.0 before, 7.0 after (+133.3%)."
@@ -117,17 +115,26 @@ def test_the_source_writes_what_the_text_lacks(given: int, used: int, monkeypatc
     text = np.random.default_rng(1).integers(8, MODEL.vocab_size, given, dtype=np.int32)
     found, (asked, _) = known(monkeypatch, text)
     expected = np.concatenate([text[:used], np.full(LENGTH + 1, 7)])[: LENGTH + 1]  # the fake writes nothing but sevens
-    np.testing.assert_array_equal(asked[0][0][0], expected)
+    np.testing.assert_array_equal(asked[0][0], expected)
     assert found.given == used
     assert found.conditions() == (
-        f"Text of {1 + 2 * LENGTH} tokens, {1 + 2 * LENGTH - used} of them by the source model itself; fake (none), none."
+        f"Text of {1 + 2 * LENGTH} tokens, {1 + 2 * LENGTH - used} of them by the source model itself; fake (none), float32."
     )
 
 
-def test_what_is_kept_of_a_pass_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", 100 * 4 * MODEL.vocab_size)
-    found, _ = known(monkeypatch, np.zeros(1, np.int32))
-    assert {one.positions for one in found.passes} == {100}
+def test_what_is_kept_of_a_pass_is_bounded() -> None:
+    """At the released model's vocabulary a canvas of 256 has 268 MB of log-probabilities; a quarter of them is kept."""
+    length, vocab_size = 256, 262_144
+    falling = -np.arange(vocab_size + length, dtype=np.float32)
+    falling[:length] = 0.0
+    falling[length] = 20.0
+    logits = np.lib.stride_tricks.sliding_window_view(falling, vocab_size)[:length]  # the likeliest token of position p is L - p
+    kept = module._log_softmax(logits)
+    assert kept.shape == (64, vocab_size)
+    assert kept.nbytes == module.KEPT_BYTES
+    places = length - kept.argmax(axis=-1)
+    assert (places[0], places[-1]) == (0, length - 1)
+    assert set(np.diff(places)) == {4, 5}, "evenly spaced"
 
 
 # --- models ---
@@ -158,7 +165,7 @@ def test_the_causal_pass_by_definition(source: Path, tmp_path: Path) -> None:
     target = converted(source, tmp_path / "out", "--set=embedding=4")
     text = np.random.default_rng(0).integers(0, VOCAB_SIZE, 17, dtype=np.int32)
     found = measure(Checkpoint.open(source), Checkpoint.open(target), text, backend="torch").passes[0]
-    p, q = (causal_probabilities(folder, text[None, :9]) for folder in (source, target))
+    p, q = (causal_probabilities(folder, text[:9]) for folder in (source, target))
     assert found.positions == 9
     assert_close(found.kl, (p * np.log(p / q)).sum(axis=-1).mean(), 1e-5, "KL of the causal pass")
     assert found.same_argmax == (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
@@ -166,7 +173,7 @@ def test_the_causal_pass_by_definition(source: Path, tmp_path: Path) -> None:
 
 def causal_probabilities(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
     backend = load_backend(Checkpoint.open(folder), "torch")
-    weights = np.exp(backend.logits(tokens, backend.new_cache(), causal=True)[0].astype(np.float64))
+    weights = np.exp(backend.logits([Piece(tokens, backend.new_cache())])[0].astype(np.float64))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 

@@ -1,0 +1,64 @@
+"""Attention of some positions over the keys that they see, in bounded memory.
+
+H query heads share K key-value heads in groups; N queries, S keys, D the head's size. Scores are not scaled.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlx_diffgemma.backends import QUERY_TILE
+
+
+def bidirectional(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Every query sees every key: [B, H, N, D] over [B, K, S, D] gives [B, H, N, D]."""
+    return _fused(queries, keys, values, None)
+
+
+def causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """The last N of the S keys are the queries' own positions; each query sees its own and the window - 1 before, or all before.
+
+    A tile of queries at a time: no mask is larger than [QUERY_TILE, S].
+    """
+    count, total = queries.shape[2], keys.shape[2]
+    tiles = []
+    for start in range(0, count, QUERY_TILE):
+        stop = min(start + QUERY_TILE, count)
+        last = total - count + stop
+        first = max(0, total - count + start - window + 1) if window else 0
+        mask = _causal_mask(stop - start, last - first, window, queries.device)
+        tiles.append(_fused(queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last], mask))
+    return torch.cat(tiles, dim=2) if len(tiles) > 1 else tiles[0]
+
+
+def _causal_mask(count: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
+    """What ``count`` queries at the end of ``total`` keys see, [count, total]; None where that is all."""
+    if count == 1:
+        return None
+    queries = torch.arange(total - count, total, device=device)[:, None]
+    keys = torch.arange(total, device=device)[None, :]
+    seen = keys <= queries
+    return seen & (keys > queries - window) if window else seen
+
+
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention that never holds all scores.
+
+    A CPU has one kernel for everything. On CUDA no fused kernel takes a mask, or heads of 512, together with shared heads.
+    """
+    if queries.is_cuda:
+        return by_groups(queries, keys, values, mask)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0, enable_gqa=True)
+
+
+def by_groups(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of heads that share keys, by kernels that know of none: the queries of a group stand behind each other.
+
+    With a mask, which is one query's row, the first heads of all groups go first, then the second ones.
+    """
+    groups = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, N, D]
+    if mask is None:
+        mixed = F.scaled_dot_product_attention(groups.flatten(2, 3), keys, values, scale=1.0)
+        return mixed.unflatten(2, groups.shape[2:4]).flatten(1, 2)
+    each = [F.scaled_dot_product_attention(one, keys, values, attn_mask=mask, scale=1.0) for one in groups.unbind(2)]
+    return torch.stack(each, dim=2).flatten(1, 2)

@@ -1,0 +1,198 @@
+"""From the engine's thread to a client's connection: the events of one request, in order, in bounded memory."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mlx_diffgemma.chat.reply import ReplyEvent
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.sampler import Draft
+from mlx_diffgemma.scheduler.engine import Engine
+from mlx_diffgemma.scheduler.jobs import Busy, Finished, Stopping, TimedOut
+from mlx_diffgemma.server.answers import Answer, server_sent
+from mlx_diffgemma.server.errors import ApiError
+from mlx_diffgemma.server.middleware import LEFT, unexpected
+
+T = TypeVar("T")
+
+#: How long a client may take nothing of a stream before it counts as gone.
+SEND_SECONDS = 60.0
+#: A stream in which nothing has happened for this long says so, for what closes silent connections on the way.
+KEEP_ALIVE_SECONDS = 10.0
+
+
+class Left(Exception):
+    """The client is not there any more."""
+
+
+class Running(Generic[T]):
+    """Work that has been handed to the engine; its results, by ``async for`` within ``async with``.
+
+    An iteration gives None where nothing has happened for :data:`KEEP_ALIVE_SECONDS`, and raises :class:`Left` once the client
+    has closed its connection, or ApiError where the work fails. Whatever ends the ``async with`` ends the work.
+
+    Args:
+        client: whom the engine's turns are shared by.
+        seconds: that the work may take, from now on.
+
+    Raises:
+        ApiError: the engine takes no more work, for now (429) or for good (503).
+    """
+
+    def __init__(
+        self, engine: Engine, work: Callable[[], Iterator[T]], receive: Receive, *, client: str, seconds: float | None
+    ) -> None:
+        self._mailbox: Mailbox[T | Finished | Left] = Mailbox()
+        self._receive = receive
+        try:
+            self._job = engine.submit(work, self._deliver, client=client, seconds=seconds)
+        except (Busy, Stopping) as refused:
+            raise api_error(refused) from None
+
+    def _deliver(self, item: T | Finished) -> None:
+        self._mailbox.deliver(item, draft=isinstance(item, tuple) and isinstance(item[1], Draft))
+
+    async def __aenter__(self) -> Self:
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._watcher.cancel()
+        self._job.cancel()  # does nothing where it has finished
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._mailbox.deliver(Left())
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T | None:
+        try:
+            item = await self._mailbox.take(KEEP_ALIVE_SECONDS)
+        except TimeoutError:
+            return None
+        if isinstance(item, Left):
+            raise item
+        if not isinstance(item, Finished):
+            return item
+        if item.error is None:
+            raise StopAsyncIteration
+        raise api_error(item.error)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What the client is told of an error in the engine."""
+    answers: dict[type[BaseException], Callable[[Any], ApiError]] = {
+        ApiError: lambda error: error,
+        InputError: lambda error: ApiError(400, str(error)),
+        Busy: lambda error: ApiError(
+            429,
+            str(error),
+            kind="rate_limit_error",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(error.retry_after)},
+        ),
+        Stopping: lambda error: ApiError(503, str(error), kind="server_error", code="stopping"),
+        TimedOut: lambda error: ApiError(504, str(error), kind="server_error", code="time_limit_exceeded"),
+    }
+    return next((answer(error) for kind, answer in answers.items() if isinstance(error, kind)), None) or unexpected(error)
+
+
+class Mailbox(Generic[T]):
+    """What has been delivered and not been taken yet. Made within the event loop that takes.
+
+    Text must all arrive, and its length is bounded by what a request may write. Drafts may be left out: of a client that reads
+    more slowly than the canvas changes, the oldest ones are dropped.
+
+    Args:
+        max_drafts: drafts that wait at most.
+    """
+
+    def __init__(self, max_drafts: int = 64) -> None:
+        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._lock, self._count, self._max_drafts = threading.Lock(), 0, max_drafts
+        self._items: deque[tuple[int, T]] = deque()  # numbered
+        self._drafts: deque[int] = deque()  # the numbers of those that may be dropped
+
+    def deliver(self, item: T, *, draft: bool = False) -> None:
+        """Put something in. For any thread."""
+        with self._lock:
+            if draft:
+                if len(self._drafts) == self._max_drafts:
+                    oldest = self._drafts.popleft()
+                    self._items = deque(entry for entry in self._items if entry[0] != oldest)
+                self._drafts.append(self._count)
+            self._items.append((self._count, item))
+            self._count += 1
+        with suppress(RuntimeError):  # the loop is closed: nobody is there to take
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self, seconds: float | None = None) -> T:
+        """The oldest item, as soon as there is one; raises TimeoutError after ``seconds``. For one taker."""
+        while True:
+            with self._lock:
+                if self._items:
+                    number, item = self._items.popleft()
+                    if self._drafts and self._drafts[0] == number:
+                        self._drafts.popleft()
+                    return item
+                self._arrived.clear()
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+
+
+class EventStream(Response):
+    """An answer as it comes, by server-sent events."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        running: Running[tuple[int, ReplyEvent]],
+        answer: Answer,
+        heard: Callable[[ReplyEvent], None],
+        left: Callable[[], Any],
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]  # it ends when it ends
+        self.running, self.answer, self.heard, self.left = running, answer, heard, left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def put(body: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        def told(chunks: list[dict[str, Any]]) -> bytes:
+            return b"".join(map(server_sent, chunks))
+
+        try:
+            async with self.running:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await put(told(self.answer.opening()))
+                async for item in self.running:
+                    if item is None:
+                        await put(b": keep-alive\n\n")
+                        continue
+                    self.heard(item[1])
+                    if chunks := self.answer.chunks(*item):
+                        await put(told(chunks))
+            await put(told(self.answer.closing()) + b"data: [DONE]\n\n")
+        except ApiError as error:
+            scope["state"]["status"] = error.status
+            await put(server_sent(error.body()))
+        except (Left, TimeoutError):
+            scope["state"]["status"] = LEFT
+            self.left()
+            return
+        await put(b"", more=False)
