@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,38 +32,69 @@ def test_kernels_are_right(interpret: bool) -> None:
 @pytest.mark.parametrize("activations", ["bf16", "fp32"])
 @pytest.mark.parametrize(
     "quantization",
-    [Quantization(64, 4), Quantization(64, 6), Quantization(32, 8, "mxfp8"), Quantization(16, 4, "nvfp4")],
+    [Quantization(64, 4), Quantization(128, 6), Quantization(64, 8), Quantization(32, 8, "mxfp8"), Quantization(16, 4, "nvfp4")],
     ids=identifier,
 )
 def test_kernels_compile_for_hopper(
     quantization: Quantization, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interpreter lets pass what the compiler refuses, such as a variable of two types; compiling needs no GPU."""
+    """As they are launched for few rows and for many, with the same instruction for both.
+
+    The interpreter lets pass what the compiler refuses, such as a variable of two types. Compiling needs no GPU.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from mlx_diffgemma.backends.torch import kernels
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[activations]
+    affine = quantization.mode == "affine"
+    scales = "*bf16" if affine else "*u8"
+    units = {4: "*i32", 8: "*i64"}.get(quantization.bits, "*u8")
+    packed = {"weight": units, "scales": scales} | ({"biases": scales} if affine else {})
+    form = {"bits": quantization.bits, "group": quantization.group_size, "mode": quantization.mode}
+    form |= {} if affine else {"biases": None}
+
+    for experts, n_size in ((0, 4096), (128, 1408)):
+        types = packed | {"x": f"*{activations}", "y": f"*{activations}", "m_size": "i32", "n_size": "i32"}
+        types |= {"ends": "*i32"} if experts else {}
+        matrix = form | {"k_size": 2816, "experts": experts, "experts_block": max(experts, 1)}
+        matrix |= {} if experts else {"ends": None}
+        tiles = kernels.LinearTiles.of(n_size, max(experts, 1), dtype)
+        for rows in (1, 256):
+            blocks = {"block_m": tiles.block_m(rows), "block_n": tiles.block_n, "block_k": tiles.block_k}
+            compiled = compile_for_hopper(kernels._linear, types, matrix | blocks, tiles.num_warps, tiles.num_stages)
+            check_instructions(compiled, activations)
+
+    tiles = kernels.WeightedTiles.of(262144, 2816, dtype)
+    types = packed | {"p": f"*{activations}", "partial": "*fp32", "m_size": "i32", "v_size": "i32", "v_per_slot": "i32"}
+    blocks = {"block_m": tiles.block_m, "block_v": tiles.block_v, "block_h": tiles.block_h, "h_size": 2816}
+    compiled = compile_for_hopper(kernels._weighted_rows, types, form | blocks, tiles.num_warps, tiles.num_stages)
+    check_instructions(compiled, activations)
+    types = {"partial": "*fp32", "y": f"*{activations}", "size": "i32", "slots": "i32"}
+    compile_for_hopper(kernels._added, types, {"block": 1024})
+
+
+def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mlx_diffgemma.backends.torch import kernels
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        # Tensors are aligned. That lets Triton load ahead, which takes shared memory.
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.asm["cubin"], kernel
+    # Half of what one multiprocessor has, so that two programs share it.
+    assert compiled.metadata.shared <= 113 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+    return compiled
 
-    affine = quantization.mode == "affine"
-    units = {4: "*i32", 8: "*i64"}.get(quantization.bits, "*u8")
-    scales = "*bf16" if affine else "*u8"
-    packed = {"weight": units, "scales": scales} | ({"biases": scales} if affine else {})
-    form = {"bits": quantization.bits, "group": quantization.group_size, "mode": quantization.mode}
-    rows = {"x": f"*{activations}", "ends": "*i32", "y": f"*{activations}", "m_size": "i32", "n_size": "i32"}
-    blocks = {"block_m": 16, "block_n": 64, "block_k": 128, "k_size": 704, "experts": 128, "experts_block": 128}
-    sums = {"p": f"*{activations}", "partial": "*fp32", "m_size": "i32", "v_size": "i32", "v_per_program": "i32"}
-    tiles = {"block_m": 16, "block_v": 32, "block_h": 128, "h_size": 704}
-    for kernel, types, constants in ((kernels._linear, rows, blocks), (kernels._weighted_rows, sums, tiles)):
-        variables = types | packed
-        fixed = constants | form | ({} if affine else {"biases": None})
-        source = ASTSource(
-            kernel,
-            signature={name: variables.get(name, "constexpr") for name in kernel.arg_names},
-            constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
-        assert compiled.asm["cubin"], kernel
-        # Half of what one multiprocessor has, so that two programs share it.
-        assert compiled.metadata.shared <= 113 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+
+def check_instructions(compiled: Any, activations: str) -> None:
+    """Half precision takes wgmma and nothing else, and float32 no tensor core."""
+    found = {name for name in ("wgmma.mma_async", "mma.sync") if name in compiled.asm["ptx"]}
+    assert found == ({"wgmma.mma_async"} if activations == "bf16" else set())

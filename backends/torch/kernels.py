@@ -5,10 +5,17 @@ Codes come in units of eight: eight codes of ``bits`` bits fill ``bits`` bytes, 
 its codes are taken out by constant shifts, scaled in float32, rounded to the activations' dtype, and multiplied on tensor cores
 with float32 accumulation (bfloat16), or in full float32 precision.
 
+A row of a product has the same bits whatever other rows come with it. ``LinearTiles`` and ``WeightedTiles`` fix the order of an
+element's sum; they follow from the matrix and the activations' dtype, and know nothing of rows. The number of rows decides only
+which of them share a program.
+
 Every grid follows from shapes alone, and nothing waits for the device. Rows past the end are read again from the last one and not
 written, which spares their loads a mask. An E4M3 NaN, which ``mx.quantize`` never writes, reads as 480.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import triton
@@ -20,6 +27,69 @@ from mlx_diffgemma.checkpoint import Quantization
 #: Programs below which a grid leaves multiprocessors idle; an H200 has 132.
 _ENOUGH_PROGRAMS = 264
 _UNIT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """How a product with the transpose of a matrix [N, K] is cut into programs, each with one block of outputs.
+
+    Only ``block_m`` may follow the number of rows. A dot multiplies a block of the matrix [block_n, block_k] by a block of rows,
+    transposed: rows are its columns, and how many there are changes no sum. Two instructions, however, may sum in two orders, and
+    Triton chooses the instruction by ``block_n``: on Hopper wgmma from 64 on, mma.sync below. So it is 64 at least.
+    """
+
+    block_n: int  # outputs of a program
+    block_k: int  # terms of a sum that one dot adds
+    most_rows: int  # of a program
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, n_size: int, matrices: int, dtype: torch.dtype) -> Self:
+        """For activations of ``dtype`` and ``matrices`` matrices of ``n_size`` outputs, side by side."""
+        if dtype == torch.float32:  # no tensor cores; smaller blocks, so that registers suffice
+            return cls(block_n=64, block_k=64, most_rows=32, num_warps=4, num_stages=2)
+        if matrices * triton.cdiv(n_size, 128) >= _ENOUGH_PROGRAMS:
+            return cls(block_n=128, block_k=64, most_rows=128, num_warps=8, num_stages=3)
+        return cls(block_n=64, block_k=64, most_rows=128, num_warps=4, num_stages=3)
+
+    def block_m(self, rows: int) -> int:
+        """Rows of a program, where a matrix has about ``rows``."""
+        return min(max(triton.next_power_of_2(rows), 16), self.most_rows)
+
+
+@dataclass(frozen=True)
+class WeightedTiles:
+    """How a product of rows with a matrix [V, H] is cut into programs.
+
+    The sum over V is cut into ``slots``, enough for one block of rows to fill the device. ``block_m`` is fixed too: rows are the
+    first dimension of a dot, by which Triton chooses the instruction (see ``LinearTiles``).
+    """
+
+    block_m: int  # rows of a program
+    block_h: int  # outputs of a program
+    block_v: int  # terms of a sum that one dot adds
+    slots: int  # parts of a sum, each of a program of its own; they are added in order
+    v_per_slot: int  # terms of a part: whole blocks
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, v_size: int, h_size: int, dtype: torch.dtype) -> Self:
+        """For probabilities of ``dtype`` and a matrix [v_size, h_size]."""
+        full_precision = dtype == torch.float32  # no tensor cores; smaller blocks, so that registers suffice
+        block_h, block_v = 128, 32 if full_precision else 64
+        slots = min(triton.cdiv(_ENOUGH_PROGRAMS, triton.cdiv(h_size, block_h)), triton.cdiv(v_size, block_v))
+        v_per_slot = triton.cdiv(triton.cdiv(v_size, slots), block_v) * block_v
+        return cls(
+            block_m=16 if full_precision else 128,
+            block_h=block_h,
+            block_v=block_v,
+            slots=triton.cdiv(v_size, v_per_slot),
+            v_per_slot=v_per_slot,
+            num_warps=4 if full_precision else 8,
+            num_stages=2 if full_precision else 3,
+        )
 
 
 @triton.jit
@@ -38,7 +108,8 @@ def _minifloat(top, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constex
 def _weight(units, index: tl.constexpr, scale, bias, bits: tl.constexpr, mode: tl.constexpr):
     """Weight ``index`` of each unit, as float32."""
     if mode == "affine":
-        value = ((units >> (index * bits)).to(tl.int32) & ((1 << bits) - 1)).to(tl.float32) * scale + bias
+        code = ((units >> (index * bits)).to(tl.int32) & ((1 << bits) - 1)).to(tl.float32)
+        value = tl.fma(code, scale, bias)  # said outright: a product and a sum are fused, or not, as the compiler likes
     else:
         top = ((units << (8 * bits - (index + 1) * bits)) >> (8 * bits - 32)).to(tl.int32)
         value = _minifloat(top, bits, 1 if bits == 4 else 3, 1 if bits == 4 else 7) * scale
@@ -63,11 +134,15 @@ def _widened(
     weight, scales, biases, row, column,
     size: tl.constexpr, bits: tl.constexpr, group: tl.constexpr, mode: tl.constexpr, block: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The weights [rows, block] of ``row`` from ``column`` on, of a matrix of ``size`` columns, as ``dtype``."""
+    """The weights [rows, block] of ``row`` from ``column`` on, of a matrix of ``size`` columns, as ``dtype``.
+
+    A block is whole groups or lies within one.
+    """
     per_row: tl.constexpr = size // 8
     groups: tl.constexpr = size // group
     unit = column // 8 + tl.arange(0, block // 8)[None, :]
-    at = column // group + tl.arange(0, block // group)[None, :]
+    run: tl.constexpr = group if group < block else block
+    at = column // group + tl.arange(0, block // run)[None, :]
     within = None if size % block == 0 else unit < per_row
     within_groups = None if size % block == 0 else at < groups
     other: tl.constexpr = None if size % block == 0 else 0
@@ -77,13 +152,13 @@ def _widened(
     bias = None
     if mode == "affine":
         scale = scale.to(tl.float32)
-        bias = _spread(tl.load(biases + row[:, None] * groups + at, mask=within_groups, other=other).to(tl.float32), group // 8)
+        bias = _spread(tl.load(biases + row[:, None] * groups + at, mask=within_groups, other=other).to(tl.float32), run // 8)
     elif mode == "nvfp4":
         scale = _minifloat(scale.to(tl.int32) << 24, 8, 3, 7)
     else:
         scale = scale.to(tl.int32)  # E8M0: the exponent of a float32; 0 is 2^-127, which has no exponent of its own there
         scale = tl.where(scale == 0, 1 << 22, scale << 23).to(tl.float32, bitcast=True)
-    scale = _spread(scale, group // 8)
+    scale = _spread(scale, run // 8)
     w0 = _weight(units, 0, scale, bias, bits, mode).to(dtype)
     w1 = _weight(units, 1, scale, bias, bits, mode).to(dtype)
     w2 = _weight(units, 2, scale, bias, bits, mode).to(dtype)
@@ -114,7 +189,7 @@ def _linear(
     """y[m, n] = sum over k of x[m, k] * W[n, k]; with ``experts``, of W[expert of row m, n, k].
 
     The product is taken as W times x transposed: the tensor cores' long side then holds the weights, and few rows of x fill the
-    short one.
+    short one (see ``LinearTiles``).
     """
     block = tl.program_id(0)
     start, end = 0, m_size
@@ -151,16 +226,16 @@ def _linear(
 
 @triton.jit(do_not_specialize=["m_size"])
 def _weighted_rows(
-    p, weight, scales, biases, partial, m_size, v_size, v_per_program,
+    p, weight, scales, biases, partial, m_size, v_size, v_per_slot,
     h_size: tl.constexpr, bits: tl.constexpr, group: tl.constexpr, mode: tl.constexpr,
     block_m: tl.constexpr, block_v: tl.constexpr, block_h: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, m, h] = sum over the s-th ``v_per_program`` rows v of p[m, v] * W[v, h]."""
+    """partial[s, m, h] = sum over the s-th ``v_per_slot`` rows v of p[m, v] * W[v, h]."""
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     column = tl.program_id(1) * block_h
     slot = tl.program_id(2)
-    start = slot * v_per_program
-    end = tl.minimum(start + v_per_program, v_size)
+    start = slot * v_per_slot
+    end = tl.minimum(start + v_per_slot, v_size)
     from_p = p + tl.minimum(m, m_size - 1).to(tl.int64)[:, None] * v_size
     total = tl.zeros((block_m, block_h), dtype=tl.float32)
     for first in range(start, end, block_v):
@@ -172,6 +247,19 @@ def _weighted_rows(
     h = column + tl.arange(0, block_h)
     to = partial + (slot.to(tl.int64) * m_size + m)[:, None] * h_size + h[None, :]
     tl.store(to, total, mask=(m < m_size)[:, None] & (h < h_size)[None, :])
+
+
+@triton.jit(do_not_specialize=["size", "slots"])
+def _added(partial, y, size, slots, block: tl.constexpr):
+    """y[i] = sum over the slots s, one after another, of partial[s, i]. (The order of ``Tensor.sum`` may follow the shape.)"""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    within = at < size
+    part = partial + at
+    total = tl.load(part, mask=within)
+    for _ in range(1, slots):
+        part += size
+        total += tl.load(part, mask=within)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=within)
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, biases: Tensor | None, quantization: Quantization) -> Tensor:
@@ -208,20 +296,16 @@ def _launch_linear(
     if m_size == 0:
         return y
     experts = 0 if ends is None else ends.shape[0]
-    full_precision = x.dtype == torch.float32  # no tensor cores; smaller blocks, so that registers suffice
-    block_m = min(max(triton.next_power_of_2(rows_per_matrix), 16), 32 if full_precision else 128)
+    tiles = LinearTiles.of(n_size, max(experts, 1), x.dtype)
+    block_m = tiles.block_m(rows_per_matrix)
     # A matrix with a part of a block left over takes one block more: at most one an expert that has rows.
     blocks = triton.cdiv(m_size, block_m) + min(experts, m_size)
-    block_n = 64 if full_precision else 128
-    while block_n > 32 and blocks * triton.cdiv(n_size, block_n) < _ENOUGH_PROGRAMS:
-        block_n //= 2
-    block_k = max(64 if block_m == 128 else 128, quantization.group_size)
-    _linear[blocks, triton.cdiv(n_size, block_n)](
+    _linear[blocks, triton.cdiv(n_size, tiles.block_n)](
         x.contiguous(), _as_units(weight, quantization), scales, biases, ends, y, m_size, n_size,
         k_size=k_size, bits=quantization.bits, group=quantization.group_size, mode=quantization.mode,
         experts=experts, experts_block=triton.next_power_of_2(max(experts, 1)),
-        block_m=block_m, block_n=block_n, block_k=block_k,
-        num_warps=8 if block_n == 128 else 4, num_stages=2 if full_precision else 3, enable_fp_fusion=True,
+        block_m=block_m, block_n=tiles.block_n, block_k=tiles.block_k,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -235,22 +319,18 @@ def weighted_rows(
     """
     p = probabilities.reshape(-1, probabilities.shape[-1]).contiguous()
     (m_size, v_size), h_size = p.shape, weight.shape[-1] * 32 // quantization.bits
-    full_precision = p.dtype == torch.float32
-    block_m = min(max(triton.next_power_of_2(m_size), 16), 16 if full_precision else 128)
-    block_h, block_v = 128, 32 if full_precision else 64
-    tiles = triton.cdiv(m_size, block_m) * triton.cdiv(h_size, block_h)
-    slots = min(max(triton.cdiv(_ENOUGH_PROGRAMS, max(tiles, 1)), 1), triton.cdiv(v_size, block_v))
-    v_per_program = triton.cdiv(triton.cdiv(v_size, slots), block_v) * block_v
-    slots = triton.cdiv(v_size, v_per_program)
-    partial = torch.empty(slots, m_size, h_size, dtype=torch.float32, device=p.device)
+    y = p.new_empty(m_size, h_size)
     if m_size:
-        _weighted_rows[triton.cdiv(m_size, block_m), triton.cdiv(h_size, block_h), slots](
-            p, _as_units(weight, quantization), scales, biases, partial, m_size, v_size, v_per_program,
+        tiles = WeightedTiles.of(v_size, h_size, p.dtype)
+        partial = torch.empty(tiles.slots, m_size, h_size, dtype=torch.float32, device=p.device)
+        _weighted_rows[triton.cdiv(m_size, tiles.block_m), triton.cdiv(h_size, tiles.block_h), tiles.slots](
+            p, _as_units(weight, quantization), scales, biases, partial, m_size, v_size, tiles.v_per_slot,
             h_size=h_size, bits=quantization.bits, group=quantization.group_size, mode=quantization.mode,
-            block_m=block_m, block_v=block_v, block_h=block_h,
-            num_warps=8 if block_m == 128 else 4, num_stages=2 if full_precision else 3, enable_fp_fusion=True,
+            block_m=tiles.block_m, block_v=tiles.block_v, block_h=tiles.block_h,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return partial.sum(dim=0).to(p.dtype).view(*probabilities.shape[:-1], h_size)
+        _added[(triton.cdiv(y.numel(), 1024),)](partial, y, y.numel(), tiles.slots, block=1024)
+    return y.view(*probabilities.shape[:-1], h_size)
 
 
 def _as_units(weight: Tensor, quantization: Quantization) -> Tensor:
