@@ -1,6 +1,12 @@
-"""The Triton kernels against float64 products; test_kernels.py runs this in a process of its own, interpreted or on CUDA."""
+"""The Triton kernels against float64 products, and rows of them against the same rows alone.
+
+test_kernels.py runs this in a process of its own, interpreted or on CUDA.
+"""
 
 import os
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +14,7 @@ import pytest
 import torch
 
 from mlx_diffgemma.backends.torch import kernels
+from mlx_diffgemma.backends.torch.kernels import LinearTiles, WeightedTiles
 from mlx_diffgemma.checkpoint import Quantization
 from support.comparing import assert_close
 from support.packed import FORMATS, identifier, pack
@@ -17,7 +24,10 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 HALF, PRECISION = (torch.float16, 2**-10) if DEVICE == "cpu" else (torch.bfloat16, 2**-7)
 SCALES = {"affine": mx.float16}
 COUNTS = np.array([0, 1, 0, 19, 3, 0])  # rows of each expert: some have none, one has more than a block of 16
-OUT = 37
+OUT = 75  # more than one block of 64, the last not full
+
+# The formats whose rows are compared to the bit, with activations of ``HALF``; one of them also in float32.
+EXACT = [Quantization(64, 4), Quantization(64, 8), Quantization(32, 5), *(q for q in FORMATS if q.mode != "affine")]
 
 each_format = pytest.mark.parametrize("quantization", FORMATS, ids=identifier)
 
@@ -34,7 +44,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def size(quantization: Quantization) -> int:
-    """Three groups, but of at least 32: with most formats not a whole number of the kernels' blocks of 128."""
+    """Three groups, but of at least 32: where groups are small, not a whole number of the kernels' blocks of 64 and 128."""
     return 3 * max(quantization.group_size, 32)
 
 
@@ -87,3 +97,147 @@ def test_no_rows() -> None:
     assert kernels.linear(normal(0, 64), *packed, quantization).shape == (0, OUT)
     assert kernels.expert_linear(normal(0, 64), ends, *experts, quantization).shape == (0, OUT)
     assert kernels.weighted_rows(normal(0, OUT), *packed, quantization).shape == (0, 64)
+
+
+def test_tiles_do_not_follow_the_number_of_rows() -> None:
+    """They say how sums are cut, and are made of a matrix alone. ``block_m``, which the rows choose, cuts no sum."""
+    for n_size, matrices in ((37, 1), (4096, 1), (262144, 1), (1408, 128), (2816, 128)):
+        half, full = (LinearTiles.of(n_size, matrices, dtype) for dtype in (torch.bfloat16, torch.float32))
+        assert half == LinearTiles.of(n_size, matrices, torch.float16)
+        assert half.block_n in (64, 128), "Triton takes wgmma from 64 on"
+        for rows in range(4097):
+            assert half.block_m(rows) in (16, 32, 64, 128)
+            assert full.block_m(rows) in (16, 32)
+    for v_size, h_size in ((1, 64), (203, 96), (262144, 2816)):
+        for dtype, block_m in ((torch.bfloat16, 128), (torch.float16, 128), (torch.float32, 16)):
+            tiles = WeightedTiles.of(v_size, h_size, dtype)
+            assert tiles.block_m == block_m
+            assert tiles.v_per_slot % tiles.block_v == 0
+            assert (tiles.slots - 1) * tiles.v_per_slot < v_size <= tiles.slots * tiles.v_per_slot
+
+
+def in_order(a: np.ndarray, b: np.ndarray, backwards: bool = False) -> np.ndarray:
+    """The float32 product of two matrices, one term after another: an element has the same bits in a matrix of any size."""
+    a, b = a.astype(np.float32), b.astype(np.float32)  # products of half precision are exact
+    total = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    for k in range(a.shape[1])[:: -1 if backwards else 1]:
+        total += a[:, k, None] * b[k]
+    return total
+
+
+@pytest.fixture
+def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Interpreted dots, in an order that follows only what it may on tensor cores: the terms, and the first dimension.
+
+    That dimension decides the instruction. The interpreter itself leaves dots to BLAS, whose order may follow more: the other
+    dimension, a column's place in it, the machine. All dots of a test must have first operands of one shape.
+    """
+    shapes = set()
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: type) -> np.ndarray:
+        assert dtype == np.float32
+        shapes.add(a.shape)
+        return in_order(a, b, backwards=a.shape[0] < 64)
+
+    if DEVICE == "cuda":
+        yield
+        return
+    monkeypatch.setattr(np, "matmul", matmul)
+    yield
+    assert len(shapes) == 1
+
+
+def repeated(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Of four parts seven: the first three, again the first three, and the fourth."""
+    parts = torch.tensor([0, 1, 2, 0, 1, 2, 3], device=x.device)
+    return x.unflatten(dim, (4, -1)).index_select(dim, parts).flatten(dim, dim + 1)
+
+
+def repeating(quantization: Quantization, *shape: int, dim: int) -> tuple[Any, np.ndarray]:
+    """A weight of four parts along ``dim``, ``repeated``: as the kernels take it, and its values."""
+    packed, values = weight(quantization, *shape)
+    return tuple(None if x is None else repeated(x, dim) for x in packed), repeated(torch.from_numpy(values), dim).numpy()
+
+
+def cancelling(rows: int, terms: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows for a weight that is ``repeated``: large terms of all sizes cancel, and what is left shows how sums were rounded."""
+    sizes = torch.from_numpy(np.random.default_rng(4).integers(0, 14, (rows, terms // 7 * 3))).to(DEVICE)
+    large, small = normal(*sizes.shape) * 2.0**sizes, normal(rows, terms // 7) / 32
+    return torch.cat((large, -large, small), dim=1).to(dtype)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def check_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, moved: torch.Tensor, counts: list[int]) -> None:
+    """Rows have the same bits when they are ``moved``, and when only the last ``count`` are there."""
+    whole = bits(product(x))
+    assert torch.equal(bits(product(x[moved])), whole[moved])
+    for count in counts:
+        if count < len(x):
+            assert torch.equal(bits(product(x[-count:])), whole[-count:]), f"{count} rows"
+
+
+# In float32 blocks have fewer rows, and the test has too.
+each_exact = pytest.mark.parametrize(
+    ("quantization", "dtype", "rows"),
+    [*((q, HALF, 300) for q in EXACT), (EXACT[0], torch.float32, 70)],
+    ids=[*map(identifier, EXACT), f"{identifier(EXACT[0])}-float32"],
+)
+
+
+@each_exact
+def test_sums_in_another_order_have_other_bits(quantization: Quantization, dtype: torch.dtype, rows: int) -> None:
+    """The tests below, which have the same values, would see one."""
+    by_row = repeating(quantization, 37, 4 * max(quantization.group_size, 32), dim=1)[1]
+    by_column = repeating(quantization, 4 * 29, size(quantization), dim=0)[1].T
+    for values in (by_row, by_column):
+        w = torch.from_numpy(values).to(dtype).float().numpy()
+        x = cancelling(rows, w.shape[1], dtype).cpu().float().numpy().T
+
+        def product(block: int, blocks: int, backwards: bool = False, w: np.ndarray = w, x: np.ndarray = x) -> torch.Tensor:
+            """A sum of parts of so many ``blocks``."""
+            dots = [in_order(w[:, k : k + block], x[k : k + block], backwards) for k in range(0, len(x), block)]
+            parts = [sum(dots[first : first + blocks]) for first in range(0, len(dots), blocks)]
+            return bits(torch.from_numpy(sum(parts)).to(dtype))
+
+        ours = product(64, 100)
+        for other in (product(32, 100), product(128, 100), product(64, 2), product(64, 100, backwards=True)):
+            assert (other != ours).float().mean() > 0.25
+
+
+@pytest.mark.usefixtures("dots_in_order")
+@each_exact
+def test_linear_is_the_same_for_a_row_alone(quantization: Quantization, dtype: torch.dtype, rows: int) -> None:
+    packed, values = repeating(quantization, 37, 4 * max(quantization.group_size, 32), dim=1)
+    x = cancelling(rows, values.shape[1], dtype)
+    counts = [1, 16, 17, 32, 33, 64, 65, 128, 129]
+    check_rows(lambda x: kernels.linear(x, *packed, quantization), x, torch.arange(rows).flip(0), counts)
+
+
+@pytest.mark.usefixtures("dots_in_order")
+@each_exact
+def test_expert_linear_is_the_same_for_a_row_alone(quantization: Quantization, dtype: torch.dtype, rows: int) -> None:
+    packed, values = repeating(quantization, 6, 37, 4 * max(quantization.group_size, 32), dim=2)
+    x = cancelling(rows, values.shape[2], dtype)
+
+    def ends(rows: int) -> torch.Tensor:
+        """Of the experts of the last ``rows`` of 300."""
+        return (torch.tensor([0, 7, 150, 150, 280, 300]) - 300 + rows).clamp(min=0).int()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return kernels.expert_linear(x, ends(len(x)).to(DEVICE), *packed, quantization)
+
+    moved = torch.cat([torch.arange(start, end).flip(0) for start, end in pairwise([0, *ends(rows).tolist()])])
+    counts = [1, 48, 49, 96, 97, 192, 193]  # of 8, 16 and 32 an expert, and one more: blocks are of twice the mean
+    check_rows(product, x, moved, counts)
+
+
+@pytest.mark.usefixtures("dots_in_order")
+@each_exact
+def test_weighted_rows_are_the_same_for_a_row_alone(quantization: Quantization, dtype: torch.dtype, rows: int) -> None:
+    packed, values = repeating(quantization, 4 * 29, size(quantization), dim=0)
+    p = cancelling(rows, values.shape[0], dtype)
+    counts = [1, 16, 17, 127, 128, 129]
+    check_rows(lambda p: kernels.weighted_rows(p, *packed, quantization), p, torch.arange(rows).flip(0), counts)
