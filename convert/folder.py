@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_diffgemma.checkpoint import Checkpoint, read_json
+from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.convert.quantize import mlx_version
 from mlx_diffgemma.convert.recipe import Plan
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.files import read_json
 
 #: Copied from the source as they are; config.json and README.md are written anew.
 CARRIED_OVER = (

@@ -8,8 +8,6 @@ each tensor from the file that :class:`Tensor` names.
 stacked weights, which end without ``.weight`` on the hub, gain it (as MLX's quantized checkpoints have it).
 """
 
-import errno
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,13 +17,7 @@ from typing import Any, Self
 
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError
-
-#: What a checkpoint needs of a hub repository; weights in other formats stay there.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-
-#: Models that come with the package.
-BOXED = ("sudoku",)
-_MODELS = Path(__file__).parent / "models"
+from mlx_diffgemma.files import fetch, first_line, read_json
 
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _LAYER = re.compile(r"layers\.\d+\.")
@@ -169,63 +161,6 @@ def part_of(name: str) -> str:
     return PART_OF.get(_LAYER.sub("", name.rpartition(".")[0]), NORMS)
 
 
-def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``source`` itself, or the hub's snapshot of it, downloaded where it is not in the cache.
-
-    The name of a model in the package (``sudoku``) comes first; a folder of that name is ``./sudoku``.
-    """
-    if source in BOXED:
-        return _MODELS / source
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    text = str(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith("."):
-        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME")
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{text}: no such folder here, and no such repository on the hub (or it needs a login)") from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{text}: the hub has no revision {revision!r}") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(f"{text}: not in the local cache, and the hub cannot be reached; check the network") from None
-    except HfHubHTTPError as refused:
-        raise CheckpointError(f"{text}: the hub refused the download: {_first_line(refused)}") from None
-    except OSError as failed:
-        if failed.errno == errno.ENOSPC:
-            raise CheckpointError(f"{text}: the disk is full; free some space and run again, the download resumes") from None
-        raise CheckpointError(f"{text}: the download failed: {_first_line(failed)}") from None
-    except HFValidationError:
-        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME") from None
-    # A connection that breaks raises whatever the hub library's HTTP client or its Rust downloader stumbles over.
-    except Exception as failed:
-        raise CheckpointError(f"{text}: the download failed: {_first_line(failed)}; run again, the download resumes") from failed
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError where it is not there or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing; is this a model folder?") from None
-    except (OSError, ValueError) as broken:
-        raise CheckpointError(f"{path}: cannot be read: {_first_line(broken)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
-
-
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -256,7 +191,7 @@ def _read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
                         raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
                     tensors[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as broken:
-            raise CheckpointError(f"{file}: truncated or not safetensors ({_first_line(broken)}); fetch it again") from None
+            raise CheckpointError(f"{file}: truncated or not safetensors ({first_line(broken)}); fetch it again") from None
     return tensors
 
 
@@ -284,7 +219,3 @@ def quantized_modules(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         except KeyError as missing:
             raise CheckpointError(f"config.json: {scales.name} exists, but quantization has no {missing.args[0]}") from None
     return quantized
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,8 +15,8 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mlx_diffgemma.checkpoint import read_json
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.prompts import CHANNEL, MARKERS, RESPONSE_END, TURN, TURN_END, check_messages, is_list
 
 if TYPE_CHECKING:

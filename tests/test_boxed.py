@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma.backends import Piece, load_backend
-from mlx_diffgemma.checkpoint import BOXED, Checkpoint, fetch
+from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.demo.sudoku import Grid, check, fresh_puzzle, from_tokens, is_held_out, to_tokens
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.files import BOXED, fetch
 from mlx_diffgemma.pipeline import load
 from mlx_diffgemma.sampler import FREE
 from support.comparing import BACKENDS

@@ -1,14 +1,13 @@
 """A conversation: messages in, events out, with the KV cache kept over its turns."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent, reply
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.files import replace_text
 from mlx_diffgemma.options import SamplerOptions, spelled_out
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
@@ -155,15 +154,7 @@ class Conversation:
             "thinking": self.thinking,
             "messages": self.messages,
         }
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as written:
-                written.write(text)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        replace_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, model: DiffusionGemma, file: Path, *, kept: PrefixCache | None = None) -> Self:

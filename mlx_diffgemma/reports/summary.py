@@ -6,9 +6,10 @@ from math import prod
 
 from mlx_diffgemma.backends import DTYPES
 from mlx_diffgemma.backends.room import Room
-from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, Tensor, part_of, quantized_modules, read_json
+from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, Tensor, part_of, quantized_modules
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.files import read_json
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 

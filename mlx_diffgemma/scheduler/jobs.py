@@ -3,15 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from greenlet import greenlet
 
 from mlx_diffgemma.errors import DiffGemmaError
 from mlx_diffgemma.scheduler.device import Call
-
-if TYPE_CHECKING:
-    from mlx_diffgemma.scheduler.engine import Engine
 
 
 class Busy(DiffGemmaError):
@@ -75,10 +72,16 @@ class Request:
     idle: bool = False
 
 
+class Ending(Protocol):
+    """What a job's end is told: the engine."""
+
+    def end(self, job: "Job", error: BaseException) -> None: ...
+
+
 class Job:
     """A request in the engine's hands. Made by :meth:`~mlx_diffgemma.scheduler.engine.Engine.submit`."""
 
-    def __init__(self, engine: "Engine", request: Request) -> None:
+    def __init__(self, engine: Ending, request: Request) -> None:
         self.engine, self.request = engine, request
         self.submitted = self.admitted = time.monotonic()
         self.ended: BaseException | None = None  # why it must end; its tasks may have to be told yet
