@@ -1,11 +1,11 @@
-"""The line between deciding and computing: the :class:`Backend` protocol, and the choice of one.
+"""The :class:`Backend` protocol, which separates deciding from computing, and the functions that choose and load a backend.
 
-A backend is one loaded checkpoint on one framework and device. Two kinds of work cross the line, and each call takes one or more
-of one kind: a :class:`Piece` is a stretch of one text that the causal pass appends to its cache; a :class:`Row` is one canvas in
-one denoising step. Texts know nothing of each other: their lengths, temperatures and templates are their own.
+A backend is one loaded checkpoint on one framework and device. It does two kinds of work, and each call takes one or more items
+of one kind. A :class:`Piece` is a stretch of one text that the causal pass appends to its cache. A :class:`Row` is one canvas in
+one denoising step. Texts are independent: each has its own length, temperature and template.
 
-What crosses is NumPy and small: token ids in, three arrays of a canvas's length out. Logits (256 x 262,144 at the real size)
-and hidden states stay on the device, except in :meth:`Backend.logits`, which exists to compare backends.
+Only small NumPy arrays go in and out: token ids in, three arrays of a canvas's length out. Logits (256 x 262,144 at the real
+size) and hidden states stay on the device, except in :meth:`Backend.logits`, which exists to compare backends.
 """
 
 import importlib
@@ -29,23 +29,23 @@ NAMES = ("mlx", "torch")
 DTYPES = ("float32", "bfloat16")
 BATCHES = ("exact", "fast")
 
-#: Rows of different texts in one pass, unless another number is asked for.
+#: Default for the most rows of different texts in one pass.
 MAX_BATCH = 8
 
-#: Positions whose logits are held at once in scoring: as many as a denoising step holds of the released model.
+#: Positions whose logits are held at once, in a denoising step and in scoring: one canvas of the released model.
 SCORE_TILE = 256
 
-#: Queries of a causal pass that look at the keys at once: bounds the mask and the scores, whatever the prompt's length.
+#: Queries of a causal pass that attend at once. This bounds the mask and the scores, whatever the prompt's length.
 QUERY_TILE = 256
 
-#: Keys whose scores are made at once where a wing has no fused attention.
+#: Keys that are scored at once where a framework has no fused attention.
 KEY_TILE = 4096
 
 
 class Cache(Protocol):
     """Keys and values of one text's committed positions. Made by :meth:`Backend.new_cache`, filled by :meth:`Backend.encode`.
 
-    Buffers have room behind the committed positions: a canvas is written there, and what is appended too.
+    Buffers have room after the committed positions. Canvases and new positions are written there.
     """
 
     def __len__(self) -> int:
@@ -53,26 +53,26 @@ class Cache(Protocol):
         ...
 
     def fork(self) -> Self:
-        """A cache that begins as this one and goes on for itself. What is committed is shared, and copied when it must be."""
+        """A cache that starts with this one's positions and grows on its own. They are shared, and copied only when necessary."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, those shared with forks included."""
+        """Bytes of all buffers, including those shared with forks."""
         ...
 
     def buffers(self) -> Mapping[int, int]:
-        """Bytes of each buffer, by the buffer's identity: forks that share one name the same."""
+        """Bytes of each buffer, keyed by the buffer's identity. Forks that share a buffer have the same key."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stretch of one text: what the causal pass reads at once, and appends to the text's cache.
+    """A stretch of one text. The causal pass reads it at once and appends it to the text's cache.
 
     Attributes:
         tokens: int32 [N], N at least 1.
-        cache: holds all that comes before; filled in place.
+        cache: holds everything before the piece; filled in place.
     """
 
     tokens: NDArray[np.int32]
@@ -85,12 +85,12 @@ class Row:
 
     Attributes:
         canvas: int32 [L], L from 1 to ``config.canvas_length``.
-        cache: what comes before the canvas; read, and left as it is.
-        temperature: above 0; divides the logits before every statistic.
-        noise_key: of this step (:func:`mlx_diffgemma.noise.sampling_key`), or None to draw nothing.
-        self_conditioning: that of the :class:`Denoised` of the canvas's previous step; None in its first step.
-        frozen: int32 [L], token ids, -1 where the model may write; None where it may everywhere. A frozen position answers its
-            own token with entropy 0 and feeds it, one-hot, to the next step.
+        cache: holds everything before the canvas; read, not changed.
+        temperature: above 0. The logits are divided by it before every statistic.
+        noise_key: the key of this step (:func:`mlx_diffgemma.noise.sampling_key`), or None to draw nothing.
+        self_conditioning: from the :class:`Denoised` of the canvas's previous step; None in its first step.
+        frozen: int32 [L], token ids, -1 where the model may write; None if it may write everywhere. A frozen position returns
+            its own token with entropy 0 and passes it, one-hot, to the next step.
     """
 
     canvas: NDArray[np.int32]
@@ -102,11 +102,11 @@ class Row:
 
 
 class Denoised(NamedTuple):
-    """What one denoising step says of a row.
+    """The result of one denoising step for one row.
 
     Attributes:
         argmax: int32 [L], the most likely tokens.
-        sampled: int32 [L], tokens drawn from softmax(logits / temperature); equals ``argmax`` where no noise key was given.
+        sampled: int32 [L], tokens drawn from softmax(logits / temperature); equals ``argmax`` if the row has no noise key.
         entropy: float32 [L], nats, of softmax(logits / temperature).
         self_conditioning: opaque; stays on the device; goes into the next step's :class:`Row`.
     """
@@ -121,8 +121,9 @@ class Backend(Protocol):
     """One loaded checkpoint on one framework and device.
 
     Attributes:
-        exact_rows: a row, or a piece, comes out of a pass of several bit for bit as it would alone. Elsewhere it is rounded by
-            another order of sums, by about 1e-6 in float32, which a canvas that does not settle can blow up into other tokens.
+        exact_rows: True if a row, or a piece, has the same bits in a pass of several as in a pass of its own. If False, sums
+            run in another order and differ by about 1e-6 in float32. A canvas that does not settle can turn that into other
+            tokens.
     """
 
     name: str
@@ -138,18 +139,19 @@ class Backend(Protocol):
     def encode(self, pieces: Sequence[Piece]) -> None:
         """Run pieces of different texts through the causal pass, and append their keys and values to their caches.
 
-        Returns when that is done.
+        Returns when the work is done.
         """
         ...
 
     def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
-        """Logits float32 [B, V] after the last position of each cache: the same weights are a causal language model."""
+        """Logits float32 [B, V] after the last position of each cache. The same weights also form a causal language model."""
         ...
 
     def score(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
-        """As :meth:`encode`, and the natural-log probability of each token given all before it, float32 [N] a piece.
+        """Encode as :meth:`encode` does, and return float32 [N] per piece: each token's natural-log probability given all before.
 
-        Of the softmax of the logits after the softcap, at temperature 1. A text's first token has nothing before it: NaN.
+        The distribution is the softmax of the logits after the softcap, at temperature 1. A text's first token has nothing
+        before it and scores NaN.
         """
         ...
 
@@ -158,9 +160,10 @@ class Backend(Protocol):
         ...
 
     def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
-        """Natural-log probability float32 [L] of each token of a canvas where the model sees all of it, the token included.
+        """Natural-log probability float32 [L] of each token of a canvas. The model sees the whole canvas, including the token.
 
-        Of the same softmax(logits / temperature) as :meth:`denoise`; noise keys and frozen positions say nothing here.
+        The distribution is the same softmax(logits / temperature) as in :meth:`denoise`. Noise keys and frozen positions are
+        ignored.
         """
         ...
 
@@ -169,21 +172,21 @@ class Backend(Protocol):
     ) -> list[NDArray[np.float32]]:
         """Logits float32 [N, V] after the softcap at every position of each part, for comparing backends.
 
-        All parts are of one kind. Pieces are appended to their caches, as by :meth:`encode`. ``trace`` receives a list a part:
-        its hidden states float32 [N, H] after the embedding (of a canvas with the self-conditioning), after each layer and
-        after the final norm.
+        All parts are of one kind. Pieces are appended to their caches, as in :meth:`encode`. ``trace`` receives one list per
+        part: its hidden states float32 [N, H] after the embedding (for a canvas, with the self-conditioning), after each layer
+        and after the final norm.
         """
         ...
 
     def peak_memory(self) -> int | None:
-        """The most bytes that the framework has held on the device at once, or None where it keeps no count."""
+        """The most bytes that the framework has held on the device at once, or None if it does not count them."""
         ...
 
 
 def check_tokens(tokens: NDArray[np.int32], config: ModelConfig) -> None:
     """Raise InputError unless ``tokens`` is [N], N at least 1, with every id in the vocabulary."""
     if tokens.ndim != 1 or not tokens.size:
-        raise InputError(f"token ids must be a list of at least one, got shape {list(tokens.shape)}")
+        raise InputError(f"token ids must be a list of at least one id, got shape {list(tokens.shape)}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
         raise InputError(f"token id {wrong} is outside the vocabulary of {config.vocab_size} tokens")
@@ -193,9 +196,9 @@ def check_rows(rows: Sequence[Row], config: ModelConfig) -> None:
     """Raise InputError unless each row's length, template and temperature are what :class:`Row` says."""
     for row in rows:
         if len(row.canvas) > config.canvas_length:
-            raise InputError(f"a canvas of {len(row.canvas)} tokens is longer than the model's, {config.canvas_length}")
+            raise InputError(f"a canvas of {len(row.canvas)} tokens exceeds the model's {config.canvas_length}; shorten it")
         if row.frozen is not None and row.frozen.shape != row.canvas.shape:
-            raise InputError(f"frozen has shape {list(row.frozen.shape)}, and its canvas {list(row.canvas.shape)}")
+            raise InputError(f"frozen has shape {list(row.frozen.shape)}, but must have the canvas's, {list(row.canvas.shape)}")
         if not row.temperature > 0:
             raise InputError(f"temperature must be above 0, got {row.temperature}")
 
@@ -204,11 +207,11 @@ def rows_in_pass(backend: Backend, batch: str, max_batch: int = MAX_BATCH) -> in
     """How many rows, or pieces, of different texts one pass may take.
 
     Args:
-        batch: ``exact`` puts several into one pass only where that changes no bit (:attr:`Backend.exact_rows`); ``fast`` does so
-            everywhere, and tokens may then differ in rounding from those of a text that is written alone.
-        max_batch: rows in a pass at most; bounds its memory.
+        batch: ``exact`` puts several into one pass only if that changes no bit (:attr:`Backend.exact_rows`). ``fast`` always
+            does; rounding may then give other tokens than the same text gets alone.
+        max_batch: most rows in a pass; bounds the memory of the pass.
 
-    Raises InputError for another ``batch``.
+    Raises InputError for any other ``batch``.
     """
     if batch not in BATCHES:
         raise InputError(f"unknown batch {batch!r}; known are {' and '.join(BATCHES)}")
@@ -216,7 +219,7 @@ def rows_in_pass(backend: Backend, batch: str, max_batch: int = MAX_BATCH) -> in
 
 
 def default_backend() -> str:
-    """mlx on Apple silicon, torch where CUDA is, else torch on the CPU if it is installed, else mlx on the CPU."""
+    """mlx on Apple silicon, else torch if it is installed, else mlx. Raises BackendError if neither is installed."""
     installed = [name for name in NAMES if importlib.util.find_spec(name)]
     if not installed:
         raise BackendError(
@@ -228,14 +231,17 @@ def default_backend() -> str:
 
 
 def chosen_backend(name: str | None = None, dtype: str | None = None) -> str:
-    """``name``, or the default; raises InputError or BackendError where it, or ``dtype``, cannot be had here."""
+    """Return ``name``, or the default backend.
+
+    Raises InputError if ``name`` or ``dtype`` is unknown, and BackendError if the backend's package is not installed.
+    """
     name = name or default_backend()
     if name not in NAMES:
         raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not importlib.util.find_spec(name):
-        raise BackendError(f"backend {name!r} was asked for, but the package {name} is not installed")
+        raise BackendError(f"backend {name!r} needs the package {name}, which is not installed; install it or choose another")
     return name
 
 
@@ -245,13 +251,13 @@ def load_backend(
     """Load a checkpoint's weights.
 
     Args:
-        name: ``mlx`` or ``torch``; by default see :func:`default_backend`.
-        device: ``cpu`` or ``gpu`` for mlx, ``cpu`` or ``cuda[:N]`` for torch; by default the accelerator where there is one.
-        dtype: ``float32`` or ``bfloat16``; by default bfloat16 on an accelerator and float32 on a CPU. float16 overflows in
+        name: ``mlx`` or ``torch``; default: see :func:`default_backend`.
+        device: ``cpu`` or ``gpu`` for mlx, ``cpu`` or ``cuda[:N]`` for torch; default: the accelerator, if there is one.
+        dtype: ``float32`` or ``bfloat16``; default: bfloat16 on an accelerator and float32 on a CPU. float16 would overflow in
             this model (activations beyond 65,504).
 
     Raises:
-        BackendError: the framework or the device is not there. CheckpointError: the weights do not fit the configuration.
+        BackendError: the framework or the device is not available. CheckpointError: the weights do not fit the configuration.
     """
     name = chosen_backend(name, dtype)
     try:

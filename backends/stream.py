@@ -1,4 +1,4 @@
-"""Parts of several texts as one stream of tokens, in NumPy: what both wings make of pieces and rows before they compute."""
+"""Joins parts of several texts into one stream of tokens, in NumPy. Both backends do this to rows before they compute."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -12,13 +12,13 @@ from mlx_diffgemma.noise import bits
 
 
 class Canvases(NamedTuple):
-    """What rows of one denoising step say besides their tokens, one row behind the other: T positions in all.
+    """The inputs of one denoising step other than tokens, with the rows one after another: T positions in all.
 
     Attributes:
         temperature: float32 [T].
-        noise: uint32 [T], the bits of each position where it draws; None where no row does.
+        noise: uint32 [T], the noise bits of each position; None if no row draws.
         drawn: bool [T], whether the position's row draws.
-        frozen: int32 [T], -1 where the model may write; None where it may everywhere.
+        frozen: int32 [T], -1 where the model may write; None if it may write everywhere.
     """
 
     temperature: NDArray[np.float32]
@@ -43,7 +43,7 @@ class Canvases(NamedTuple):
 
 
 def answers(statistics: Sequence[NDArray[Any]], signals: Sequence[Any]) -> list[Denoised]:
-    """A step's argmax, sampled and entropy [T], and the rows' self-conditioning [L, H], as an answer a row."""
+    """Turn a step's argmax, sampled and entropy [T], and the rows' self-conditioning [L, H], into one result per row."""
     argmax, sampled, entropy = statistics
     places = zip(spans([len(signal) for signal in signals]), signals, strict=True)
     return [
@@ -52,5 +52,5 @@ def answers(statistics: Sequence[NDArray[Any]], signals: Sequence[Any]) -> list[
 
 
 def spans(lengths: Sequence[int]) -> list[slice]:
-    """Where parts of these lengths lie in their stream."""
+    """The slices of a stream that hold parts of these lengths."""
     return [slice(start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]

@@ -1,4 +1,4 @@
-"""Random checkpoints in the hub's layout, of any size, for benchmarks. Weights are drawn a tensor at a time.
+"""Writes random checkpoints of several sizes in the hub's layout, for benchmarks. Weights are drawn tensor by tensor.
 
 python benchmarks/checkpoints.py mid FOLDER
 """
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def config(shape: str) -> dict:
-    """A config.json in the hub's layout. The intermediate sizes keep the real model's ratios to the hidden size, 3/4 and 1/4."""
+    """A config.json in the hub's layout. The intermediate sizes are 3/4 and 1/4 of the hidden size, as in the real model."""
     hidden, layers, experts, top_k, vocabulary, canvas, heads, sliding, full, window, context = SHAPES[shape]
     kinds = ["full_attention" if layer % 6 == 5 or layer == layers - 1 else "sliding_attention" for layer in range(layers)]
     text = {
@@ -67,7 +67,7 @@ def config(shape: str) -> dict:
 
 
 def tensors(model: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every text tensor in float32: norms and scalars near 1, projections keep a token's scale, logits' deviation near 6."""
+    """All tensors of the text model in float32. Norms are near 1, projections keep a token's scale, logits deviate by about 6."""
     text = model["text_config"]
     hidden, inner, moe = text["hidden_size"], text["intermediate_size"], text["moe_intermediate_size"]
     draw = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def tensors(model: dict) -> Iterator[tuple[str, torch.Tensor]]:
     def near_one(size: int) -> torch.Tensor:
         return 1 + 0.1 * torch.randn(size, generator=draw)
 
-    # A normed hidden state has length sqrt(hidden): logits deviate by 6 where the table's rows deviate by 6 / sqrt(hidden).
+    # A normed hidden state has length sqrt(hidden). Logits deviate by 6 if the table's rows deviate by 6 / sqrt(hidden).
     yield "model.decoder.embed_tokens.weight", normal(text["vocab_size"], hidden, scale=6.0)
     yield "model.decoder.norm.weight", torch.ones(hidden)
     block = "model.decoder.self_conditioning."
@@ -97,7 +97,7 @@ def tensors(model: dict) -> Iterator[tuple[str, torch.Tensor]]:
         if not full:
             yield layer + "self_attn.v_proj.weight", normal(keys, hidden)
         yield layer + "self_attn.o_proj.weight", normal(hidden, queries)
-        # Attention has scale 1, so the norms of queries and keys keep its scores in bounds.
+        # Attention has scale 1, so the norms of queries and keys must bound its scores.
         yield layer + "self_attn.q_norm.weight", near_one(head) * head**-0.25
         yield layer + "self_attn.k_norm.weight", near_one(head) * head**-0.25
         yield layer + "mlp.gate_proj.weight", normal(inner, hidden)
@@ -123,7 +123,7 @@ def tensors(model: dict) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write(folder: Path, shape: str, dtype: torch.dtype = torch.float32, shard_bytes: int = 2**29) -> Path:
-    """Write the checkpoint in shards of about ``shard_bytes``; keeps one that is there already."""
+    """Write the checkpoint in shards of about ``shard_bytes``. An existing checkpoint is kept."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

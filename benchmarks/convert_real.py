@@ -1,8 +1,8 @@
-"""Convert a checkpoint of the released layout, and report peak memory, time and size.
+"""Converts a checkpoint of the released layout, and reports peak memory, time and size.
 
-The source has the released checkpoint's names, shapes and dtypes, but its shards are holes in the file system: 51.6 GB that
-take no disk and read as zeros. The output takes real disk: 16.6 GB with the default recipe, 0.5 GB a layer and 2 GB besides.
-Reading a hole costs less than reading a disk; packing zeros costs as much as packing anything else.
+The source has the released checkpoint's names, shapes and dtypes, but its shards are sparse files: 51.6 GB that take no disk and
+read as zeros. The output takes real disk: 16.6 GB with the default recipe, which is 0.5 GB per layer plus 2 GB. Reading a sparse
+file costs less than reading a disk. Packing zeros costs as much as packing other numbers.
 
     python benchmarks/convert_real.py FOLDER [--layers 30] [--recipe 4bit] [--json FILE]
 """
@@ -29,7 +29,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def write_source(folder: Path, layers: int) -> int:
-    """Write the sparse checkpoint; returns the bytes of its tensors."""
+    """Write the sparse checkpoint. Returns the size of its tensors in bytes."""
     folder.mkdir(parents=True)
     settings = config()
     text = settings["text_config"]
@@ -54,7 +54,7 @@ def write_source(folder: Path, layers: int) -> int:
 
 
 def write_hole(path: Path, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file of BF16 zeros that takes no disk."""
+    """Write a sparse safetensors file of BF16 zeros, which takes no disk."""
     table, end = {}, 0
     for name, shape in tensors:
         table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end + 2 * prod(shape))}
@@ -68,10 +68,10 @@ def write_hole(path: Path, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="must not exist; gets source/ and target/")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of %(default)s")
-    parser.add_argument("--recipe", default="4bit")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("folder", type=Path, help="new folder for source/ and target/; must not exist")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="number of layers (default %(default)s)")
+    parser.add_argument("--recipe", default="4bit", help="recipe of the conversion (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     options = parser.parse_args()
     source, target = options.folder / "source", options.folder / "target"
     nbytes = write_source(source, options.layers)

@@ -1,10 +1,10 @@
-"""Peak memory of loading a 2 GB random checkpoint, each backend in a process of its own.
+"""Measures the peak memory of loading a 2 GB random checkpoint. Each backend runs in its own process.
 
     python benchmarks/load_memory.py [--folder FOLDER] [--json FILE]
 
-Peak resident set of the whole process (Python and the framework included), read from the operating system after the weights
-have been loaded and touched by one denoising step of a canvas of 8. The bound is 1.15 times the model's bytes in memory plus
-400 MB. A BF16 file loaded in float32 shows that the model is never held twice.
+The figure is the peak resident set of the whole process, including Python and the framework. It is read from the operating
+system after the weights were loaded and one denoising step of a canvas of 8 tokens has used them. The bound is 1.15 times the
+model's bytes in memory plus 400 MB. A BF16 file loaded in float32 shows that the model is never held twice.
 """
 
 import argparse
@@ -36,8 +36,10 @@ print(json.dumps({"load": loaded, "step": resource.getrusage(resource.RUSAGE_SEL
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are, or are made")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the checkpoints, which are made if missing (default: a temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,11 +1,12 @@
-"""The server under load: the model in the box, 16 clients for half an hour, each answer held against the same request alone.
+"""Tests the server under load: 16 clients for half an hour, each response compared with the same request alone.
 
     python benchmarks/load_server.py --minutes 30 --json benchmarks/results/load_server.json
 
-A client sends one request after the other, drawn from a fixed pool: chats of one to five turns and raw prompts, by diffusion and
-one token at a time, of up to 120 new tokens, some for several choices, with stop texts, as streams or not. One in ten of them
-leaves midway, and one in twenty is malformed and must be refused with its own status. What each should answer is computed
-beforehand by the library alone, on the same backend. The server's resident memory is sampled all along.
+The model is the Sudoku model that comes with the package. A client sends one request after the other, drawn from a fixed pool:
+chats of one to five turns and raw prompts, in diffusion and causal mode, of up to 120 new tokens, some with several choices, some
+with stop texts, as streams or not. In one of ten requests the client leaves midway. One of twenty requests is malformed and must
+be refused with its own status. The library computes the expected responses beforehand, alone and on the same backend. The
+server's resident memory is sampled during the whole run.
 """
 
 import argparse
@@ -39,7 +40,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 CHAT = {"model": "sudoku", "messages": [{"role": "user", "content": "1"}]}
 
-#: Requests that are wrong, and the status each must get: method, path, body or bytes, headers.
+#: Malformed requests: the status that each must get, method, path, body (JSON or bytes), headers.
 MALFORMED: list[tuple[int, str, str, Any, dict[str, str]]] = [
     (400, "POST", "/v1/chat/completions", b'{"model": "sudoku", "messages": [', HEADERS),
     (400, "POST", "/v1/chat/completions", {"model": "sudoku", "messages": []}, HEADERS),
@@ -56,7 +57,7 @@ MALFORMED: list[tuple[int, str, str, Any, dict[str, str]]] = [
 
 @dataclass
 class Case:
-    """A request, and what it answers when it is alone."""
+    """A request, and the response it gets when it runs alone."""
 
     path: str
     body: dict[str, Any]
@@ -66,17 +67,17 @@ class Case:
 
 @dataclass
 class Tally:
-    """What the clients have seen."""
+    """What the clients saw."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    unsettled: int = 0  # streams that had shown a token which its block then changed, and say so
+    unsettled: int = 0  # streams that reported a settled token that its block changed later
     first_text: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
 
 
 def make_cases(model: DiffusionGemma, count: int, rng: random.Random) -> list[Case]:
-    """Requests of mixed lengths and kinds, with their answers."""
+    """Requests of mixed lengths and kinds, with their expected responses."""
     cases = []
     for seed in range(count):
         body: dict[str, Any] = {"model": "sudoku", "seed": seed, "max_tokens": rng.choice([8, 40, 40, 80, 120])}
@@ -106,7 +107,7 @@ def make_cases(model: DiffusionGemma, count: int, rng: random.Random) -> list[Ca
 
 
 def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, body: dict[str, Any]) -> Reply:
-    """The library's answer to one choice of a request."""
+    """The library's reply for one choice of a request."""
     options = {"max_new_tokens": body["max_tokens"]}
     config = sampling_config(model.checkpoint.generation, body.get("mode", "diffusion"), options)
     writing, context = Writing(config, seed, tuple(body.get("stop", ()))), read(model.backend, ids, model.piece_rule)
@@ -199,7 +200,7 @@ async def send_stream(http: httpx.AsyncClient, case: Case, leaving: bool, tally:
 
 
 def busy(answer: httpx.Response, tally: Tally) -> bool:
-    """Whether there is no answer; that the queue is full is none of the server's faults, all else is."""
+    """Count a response that is not 200. Status 429 (full queue) is allowed; any other status is an error. True if not 200."""
     if answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1:
         tally.outcomes["refused with 429"] += 1
     elif answer.status_code != 200:
@@ -214,7 +215,7 @@ def check(case: Case, texts: list[str], reasons: list[str], tally: Tally) -> Non
 
 
 async def sample_memory(pid: int, until: float, samples: list[tuple[float, float]]) -> None:
-    """Resident megabytes of the server, every 5 seconds."""
+    """Sample the server's resident memory in megabytes every 5 seconds."""
     started = time.monotonic()
     while time.monotonic() < until:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -244,15 +245,17 @@ async def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--cases", type=int, default=300)
-    parser.add_argument("--backend", default="torch")
-    parser.add_argument("--batch", choices=BATCHES, default="exact", help="the server's; in fast ones, PyTorch's may differ")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--minutes", type=float, default=30, help="duration of the load (default %(default)s)")
+    parser.add_argument("--clients", type=int, default=16, help="clients at the same time (default %(default)s)")
+    parser.add_argument("--cases", type=int, default=300, help="requests in the pool (default %(default)s)")
+    parser.add_argument("--backend", default="torch", help="mlx or torch (default %(default)s)")
+    parser.add_argument(
+        "--batch", choices=BATCHES, default="exact", help="the server's --batch; with fast, responses may differ on PyTorch"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     cases = make_cases(load("sudoku", backend=arguments.backend, dtype="float32"), arguments.cases, random.Random(0))
-    print(f"{len(cases)} requests have been answered alone", file=sys.stderr)
+    print(f"computed the expected responses of {len(cases)} requests", file=sys.stderr)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = str(Path(sys.executable).with_name("mlx-diffgemma"))

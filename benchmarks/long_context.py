@@ -1,14 +1,14 @@
-"""Long texts: the memory and the time of a denoising step, and of the causal pass, against how much is in the cache.
+"""Measures memory and time of a denoising step and of the causal pass for long texts.
 
     python benchmarks/long_context.py torch [--json FILE]
     python benchmarks/long_context.py mlx --canvas 16
 
-The model has the released attention (16 heads; 8 key-value heads of 256 and a window of 1,024 on sliding layers, 2 of 512 on full
-ones) in two layers, one of each kind, and hardly anything around them. A step is measured after 4,096 to 262,144 positions, which
-are random keys and values: encoding them would take hours on a CPU. The causal pass is really run over 4,096 and 16,384 tokens,
-in the pieces in which every text is read.
+The model has the attention of the released one (16 heads; 8 key-value heads of 256 and a window of 1,024 on sliding layers, 2 of
+512 on full ones) in two layers, one of each kind, and very little else. A step and one more piece of the causal pass are measured
+with 4,096 to 261,000 positions in the cache. These are random keys and values, because encoding them would take hours on a CPU.
+The whole causal pass is measured over 4,096 and 16,384 tokens, in the pieces in which every text is read.
 
-Each figure comes from a process of its own. Peak memory is what the process, or MLX, has held at once over what it held before.
+Each figure comes from its own process. Peak memory is the most that the process, or MLX, held at once, minus what it held before.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 
-LENGTHS = (4_096, 32_768, 131_072, 262_144)
+LENGTHS = (4_096, 32_768, 131_072, 261_000)
 PROMPTS = (4_096, 16_384)
 FILLED_AT_ONCE = 4_096
 
@@ -30,14 +30,18 @@ FILLED_AT_ONCE = 4_096
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("backend", choices=("mlx", "torch"))
-    parser.add_argument("--canvas", type=int, default=256, help="tokens of the canvas")
-    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
-    parser.add_argument("--prompts", type=int, nargs="*", default=PROMPTS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--canvas", type=int, default=256, help="tokens of the canvas (default %(default)s)")
+    parser.add_argument(
+        "--piece", type=int, default=1024, help="tokens of the extra piece of the causal pass (default %(default)s)"
+    )
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="positions in the cache before a step")
+    parser.add_argument("--prompts", type=int, nargs="*", default=PROMPTS, help="tokens of the causal pass")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.write(Path(folder), "long")
         figures = [run(step, folder, arguments.backend, length, arguments.canvas) for length in arguments.lengths]
+        figures += [run(piece, folder, arguments.backend, length, arguments.piece) for length in arguments.lengths]
         figures += [run(prefill, folder, arguments.backend, length, arguments.canvas) for length in arguments.prompts]
     print(f"{arguments.backend}, canvas of {arguments.canvas}")
     print(f"{'what':8} {'positions':>9} {'cache, MB':>10} {'peak over it, MB':>17} {'seconds':>8}")
@@ -52,7 +56,7 @@ def main() -> None:
 
 
 def run(measure: Any, *arguments: Any) -> dict[str, Any]:
-    """In a process of its own."""
+    """Call ``measure`` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         result: dict[str, Any] = pool.apply(measure, arguments)
     print(result, flush=True)
@@ -60,7 +64,7 @@ def run(measure: Any, *arguments: Any) -> dict[str, Any]:
 
 
 def step(folder: str, name: str, length: int, canvas: int) -> dict[str, Any]:
-    """The second denoising step of a block."""
+    """Measure the second denoising step of a block."""
     from mlx_diffgemma.backends import Row, load_backend
     from mlx_diffgemma.checkpoint import Checkpoint
 
@@ -72,8 +76,22 @@ def step(folder: str, name: str, length: int, canvas: int) -> dict[str, Any]:
     return {"what": "step", "positions": length, "cache": cache.nbytes, "peak": peak, "seconds": seconds}
 
 
+def piece(folder: str, name: str, length: int, count: int) -> dict[str, Any]:
+    """Measure the causal pass over one more piece of ``count`` tokens."""
+    from mlx_diffgemma.backends import Piece, load_backend
+    from mlx_diffgemma.checkpoint import Checkpoint
+
+    backend = load_backend(Checkpoint.open(folder), name, device="cpu", dtype="float32")
+    cache, tokens = filled(backend, length), np.arange(count, dtype=np.int32) % backend.config.vocab_size
+    backend.encode([Piece(tokens[:1], cache)])
+    before = cache.nbytes
+    seconds, peak = measured(name, lambda: backend.encode([Piece(tokens, cache)]))
+    peak -= cache.nbytes - before
+    return {"what": "piece", "positions": length, "cache": cache.nbytes, "peak": peak, "seconds": seconds}
+
+
 def prefill(folder: str, name: str, length: int, canvas: int) -> dict[str, Any]:
-    """The causal pass over a prompt, in pieces; peak memory is over what the cache is in the end."""
+    """Measure the causal pass over a prompt, in pieces. Peak memory does not count the final size of the cache."""
     from mlx_diffgemma.backends import load_backend
     from mlx_diffgemma.checkpoint import Checkpoint
     from mlx_diffgemma.prefix_cache import read
@@ -114,7 +132,7 @@ def on_device(backend: Any, array: np.ndarray) -> Any:
 
 
 def measured(name: str, call: Any) -> tuple[float, int]:
-    """Seconds of a call, and the most bytes over those before it that were held at once."""
+    """Seconds of a call, and the most bytes held at once, minus those held before it."""
     if name == "mlx":
         import mlx.core as mx
 
@@ -122,7 +140,7 @@ def measured(name: str, call: Any) -> tuple[float, int]:
         mx.reset_peak_memory()
         before = mx.get_active_memory()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
         before = resident("VmRSS")
     started = time.perf_counter()
     call()

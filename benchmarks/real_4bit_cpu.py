@@ -1,16 +1,16 @@
-"""The real size on a CPU: the published 4-bit layout with random weights, loaded and run by the torch backend.
+"""Runs a model of the released size on a CPU: the published 4-bit layout with random weights, on the torch backend.
 
     python benchmarks/real_4bit_cpu.py FOLDER [--threads 2] [--json FILE]
 
-Takes 16.6 GB of disk in FOLDER, which must not exist and is removed in the end unless --keep is given, and up to 18 GB of memory,
-most of it pages of the mapped files. Names, shapes, types and config.json are those of mlx-community's 4-bit conversion. Packed
-words are uniform; scales and biases make the weights' mean 0 and their deviation such that a projection keeps a token's scale
+This takes 16.6 GB of disk in FOLDER, and up to 18 GB of memory, most of it pages of the mapped files. FOLDER must not exist. It
+is removed at the end unless --keep is given. Names, shapes, types and config.json are those of mlx-community's 4-bit conversion.
+Packed words are uniform. Scales and biases give the weights mean 0, and a deviation with which a projection keeps a token's scale
 (0.019 for rows of 2,816), logits deviate by 6, and the router's scores by 1.
 
-The run has a process of its own: a prefill of 64 random tokens, then denoising steps of a canvas of 256, the second fed by
-the first and the last one timed in pieces. Resident memory is the operating system's count of the whole process, the mapped
-weights included; the bound is 18 GB. Beside other jobs threads wait for each other in every operation, and times are many times
-longer: run it with real-time priority there (`chrt -f 10`), as results/real_4bit_cpu.json was.
+The run has its own process: a prefill of 64 random tokens, then denoising steps of a canvas of 256. Each step is fed by the one
+before, and the last one is timed in parts. Resident memory is the operating system's count for the whole process, including the
+mapped weights; the bound is 18 GB. If other jobs run on the machine, threads wait for each other in every operation and times are
+many times longer. Use real-time priority then (`chrt -f 10`), as for results/real_4bit_cpu.json.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PROMPT, BOUND = 64, 18e9
 
 
 def write(folder: Path) -> None:
-    """Write the checkpoint, a piece of a tensor at a time."""
+    """Write the checkpoint in pieces of a tensor."""
     shutil.copytree(DATA / "hub_4bit", folder)
     stored = stored_tensors("weights_mlx_4bit.tsv")
     shards: list[list[str]] = []
@@ -59,7 +59,7 @@ def write(folder: Path) -> None:
     for number, names in enumerate(shards, 1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map.update(dict.fromkeys(names, file_name))
-        names.sort(key=lambda name: (-ITEMSIZE[stored[name][1]], name))  # as the library does, for aligned tensors
+        names.sort(key=lambda name: (-ITEMSIZE[stored[name][1]], name))  # the library's order, which aligns tensors
         header, end = {}, 0
         for name in names:
             shape, dtype = stored[name]
@@ -85,10 +85,10 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def value(name: str, stored: dict[str, tuple[tuple[int, ...], str]]) -> float:
-    """What all numbers of a BF16 tensor are."""
+    """The value of all numbers in a BF16 tensor."""
     module, _, kind = name.rpartition(".")
     if kind not in ("scales", "biases"):
-        # attention has scale 1, so the norms of queries and keys keep its scores in bounds
+        # attention has scale 1, so the norms of queries and keys must bound its scores
         return stored[name][0][0] ** -0.25 if module.endswith(("q_norm", "k_norm")) else 1.0
     groups = stored[name][0][-1]
     bits = stored[f"{module}.weight"][0][-1] * 32 // (groups * 64)
@@ -96,13 +96,13 @@ def value(name: str, stored: dict[str, tuple[tuple[int, ...], str]]) -> float:
     if module.endswith("embed_tokens"):
         deviation *= 6
     if module.endswith("router.proj"):
-        deviation = 1.0  # the router divides its input by the root of the hidden size
-    scale: float = deviation / ((4**bits - 1) / 12) ** 0.5  # that of uniform codes
+        deviation = 1.0  # the router divides its input by the square root of the hidden size
+    scale: float = deviation / ((4**bits - 1) / 12) ** 0.5  # deviation of uniform codes
     return scale if kind == "scales" else -scale * (2**bits - 1) / 2
 
 
 class Clock:
-    """Seconds spent in functions, without those spent in others of them."""
+    """Seconds spent in each watched function, without the time in watched functions that it calls."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -132,7 +132,7 @@ class Clock:
 
 
 def run(folder: Path, threads: int, steps: int) -> dict[str, Any]:
-    """Load, prefill and denoise; the figures."""
+    """Load, prefill and denoise. Returns the figures."""
     import torch
 
     from mlx_diffgemma.backends.torch import packing, quantized
@@ -174,7 +174,7 @@ def run(folder: Path, threads: int, steps: int) -> dict[str, Any]:
 
 
 def resident() -> dict[str, float]:
-    """This process's memory in GB: the peak, and at the moment what is its own and what are pages of files."""
+    """This process's memory in GB: the peak, and the current sizes of its own memory and of mapped file pages."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     names = {"peak": "VmHWM", "own": "RssAnon", "of files": "RssFile"}
     return {name: round(int(fields[field].split()[0]) * 1024 / 1e9, 2) for name, field in names.items()}
@@ -188,11 +188,11 @@ def rounded(content: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="leave FOLDER, and use the one that is there")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("folder", type=Path, help="folder for the checkpoint")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps (default %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep FOLDER at the end, and use an existing one")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:

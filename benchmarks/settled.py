@@ -1,8 +1,9 @@
-"""How much of a canvas the settled rule shows before its block is done, and how often it is wrong, on the model in the box.
+"""Measures how many tokens the settled rule shows before their block is done, and how often they are wrong.
 
     python benchmarks/settled.py --puzzles 500 --json benchmarks/results/settled.json
 
-A canvas is 40 tokens here and takes few steps; of the released model nothing is known yet.
+The model is the Sudoku model that comes with the package. Its canvas has 40 tokens and takes few steps. The released model has
+not been measured yet.
 """
 
 import argparse
@@ -21,8 +22,8 @@ CLUES = (10, 12, 16, 24)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--puzzles", type=int, default=500, help="of each number of clues")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--puzzles", type=int, default=500, help="puzzles for each number of clues (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     model = load("sudoku", backend="torch")
     early, wrong, blocks = [0] * len(RULES), [0] * len(RULES), 0
@@ -40,7 +41,7 @@ def main() -> None:
                     for index, front in enumerate(fronts):
                         early[index] += shown[index]
                         ends = np.flatnonzero(np.isin(front.tokens, model.checkpoint.generation.eos_token_ids))
-                        told = front.tokens[: ends[0] + 1] if ends.size else front.tokens  # nobody is shown what is behind
+                        told = front.tokens[: ends[0] + 1] if ends.size else front.tokens  # nothing after the end token is shown
                         wrong[index] += int((told != event.tokens[: len(told)]).sum())
     results = [
         {"steps": rule.steps, "entropy": rule.entropy, "early": early[index] / blocks, "wrong": wrong[index]}
@@ -48,7 +49,11 @@ def main() -> None:
     ]
     print(f"{blocks} blocks of {model.backend.config.canvas_length} tokens")
     for result in results:
-        print("{steps} steps below {entropy} nats: {early:.2f} tokens of a block early, {wrong} wrong in all".format(**result))
+        print(
+            "{steps} steps below {entropy} nats: {early:.2f} tokens per block shown early, {wrong} wrong in total".format(
+                **result
+            )
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps({"blocks": blocks, "rules": results}, indent=1) + "\n")
 

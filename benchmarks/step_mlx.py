@@ -1,11 +1,11 @@
-"""A denoising step on MLX's CPU build: this project's MLX backend against mlx-vlm, turn by turn in one process.
+"""Times a denoising step on MLX's CPU build: this project's MLX backend and mlx-vlm, in turns in one process.
 
-    pip install --no-deps mlx-vlm   # and the small packages that it names as missing
+    pip install --no-deps mlx-vlm   # and the small packages that it reports as missing
     python benchmarks/step_mlx.py [--steps 6] [--rounds 5] [--json FILE]
 
 Model: "small" of checkpoints.py (hidden 256, 6 layers, 16 experts top 4, vocabulary 8,192), canvas 128 after a prefix of 200,
-float32, one canvas, the entropy-bounded sampler with sampling in both. mlx-vlm's loop cannot be timed step by step from outside,
-so a step is the time of a run of N steps less that of a run of one step, over N - 1, for both programs.
+float32, one canvas. Both programs use the entropy-bounded sampler and sample tokens. mlx-vlm's loop cannot be timed step by step
+from outside. For both programs, the time of a step is therefore (run of N steps - run of one step) / (N - 1).
 """
 
 import argparse
@@ -34,7 +34,7 @@ PREFIX = 200
 
 
 def peer(folder: Path) -> Model:
-    """mlx-vlm's model with the checkpoint's text weights; its vision tower stays random and is not used."""
+    """mlx-vlm's model with the checkpoint's text weights. Its vision tower stays random and is not used."""
     raw = json.loads((folder / "config.json").read_text())
     raw["generation_config"] = {"t_min": 0.4, "t_max": 0.8, "confidence_threshold": 1e-9, "stability_threshold": 1}
     model = Model(ModelConfig.from_dict(raw))
@@ -48,10 +48,12 @@ def peer(folder: Path) -> Model:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is made")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=6, help="steps of the long run (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each program (default %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the checkpoint, which is made if missing (default: a temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkpoints.write(arguments.folder or Path(temporary), "small")
@@ -70,7 +72,7 @@ def main() -> None:
     print(f"largest difference of the two programs' logits: {np.abs(logits - ours_logits).max():.1e}")
 
     text = SimpleNamespace(add_token=lambda *_, **__: None, last_segment="", finalize=lambda: None)
-    diffusion.make_streaming_detokenizer = lambda _: text  # the sampler is timed, not the text
+    diffusion.make_streaming_detokenizer = lambda _: text  # time the sampler without decoding
 
     def ours(steps: int) -> None:
         config = checkpoint.generation.replace(

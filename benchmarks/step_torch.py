@@ -1,10 +1,11 @@
-"""A denoising step on the CPU: this project's torch backend against transformers, turn by turn in one process.
+"""Times a denoising step on the CPU: this project's torch backend and transformers, in turns in one process.
 
     python benchmarks/step_torch.py [--steps 8] [--rounds 3] [--json FILE]
 
 Model: "mid" of checkpoints.py (hidden 768, 8 layers, 32 experts top 4, vocabulary 65,536), canvas 256 after a prefix of 600,
-float32. A step is all of it: graph, statistics, sampling, acceptance, stop rule and self-conditioning, at temperatures from 0.8
-down. Each program runs its own loop: ours `block_diffusion`, theirs `generate`, whose step function is timed from outside.
+float32. A step includes the graph, statistics, sampling, acceptance, stop rule and self-conditioning, at temperatures from 0.8
+down. Each program runs its own loop: `block_diffusion` here, and `generate` in transformers, whose step function is wrapped in a
+timer.
 """
 
 import argparse
@@ -32,11 +33,13 @@ PREFIX = 600
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is made")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--profile", action="store_true", help="say where our step's time goes")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the checkpoint, which is made if missing (default: a temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--profile", action="store_true", help="print where the time of this project's step goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkpoints.write(arguments.folder or Path(temporary), "mid")

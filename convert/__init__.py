@@ -1,13 +1,13 @@
-"""Making a quantized checkpoint out of the BF16 one, a piece at a time.
+"""Converts a BF16 checkpoint into a quantized one, a piece at a time.
 
-Public are a recipe, its plan, and the plan's execution::
+The public functions make a recipe, plan the conversion, and carry out the plan::
 
     checkpoint = Checkpoint.open("google/diffusiongemma-26B-A4B-it")
     plan = Plan.make(checkpoint, make_recipe("4bit", ["embedding=bf16"]))
     write(plan, Path("diffusiongemma-4bit"), side_files(checkpoint, plan))
     upload(Path("diffusiongemma-4bit"), "me/diffusiongemma-4bit")
 
-The output is read by both backends, and by mlx-vlm. Planning needs no framework; the rest imports mlx when it is called.
+Both backends and mlx-vlm read the output. Planning needs no framework; the other functions import mlx when they are called.
 """
 
 from mlx_diffgemma.convert.folder import check_repository, side_files, upload

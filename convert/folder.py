@@ -1,4 +1,4 @@
-"""What lies beside the weights of a converted checkpoint, and its way to the hub."""
+"""The files beside the weights of a converted checkpoint, and the upload to the hub."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from mlx_diffgemma.convert.recipe import Plan
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.files import read_json
 
-#: Copied from the source as they are; config.json and README.md are written anew.
+#: Files copied from the source unchanged. config.json and README.md are written new.
 CARRIED_OVER = (
     "generation_config.json",
     "tokenizer*",
@@ -24,20 +24,20 @@ CARRIED_OVER = (
     "video_preprocessor*",
 )
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-#: Where huggingface_hub's cache keeps a revision of a repository.
+#: Path of a repository's revision in the cache of huggingface_hub.
 _SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from: a hub repository and its commit, or a folder's name and None."""
+    """Where a checkpoint comes from: a hub repository and its commit, or a folder name and None."""
 
     name: str
     revision: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Origin":
-        """Read from the checkpoint's folder: one of the hub's cache names its repository and commit."""
+        """Find the origin in the path of the checkpoint's folder: in the hub's cache, it contains the repository and commit."""
         folder = checkpoint.folder.resolve()
         if snapshot := _SNAPSHOT.fullmatch("/".join(folder.parts[-3:])):
             return cls(f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"])
@@ -45,7 +45,7 @@ class Origin:
 
 
 def side_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
-    """Name -> content of all files but the weights and their index. Raises BackendError where mlx cannot be imported."""
+    """Name -> content of all files except the weights and their index. Raises BackendError if mlx cannot be imported."""
     carried = {
         file.name: file.read_bytes() for pattern in CARRIED_OVER for file in checkpoint.folder.glob(pattern) if file.is_file()
     }
@@ -60,16 +60,16 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> bytes:
             section["dtype"] = "bfloat16"
     full = {(layer.head_dim, layer.num_key_value_heads) for layer in checkpoint.config.layers if not layer.is_sliding}
     if len(full) == 1:
-        # mlx-vlm reads only the hub's names, not transformers' per_layer_config
+        # mlx-vlm reads the hub's names only, not transformers' per_layer_config
         config["text_config"]["global_head_dim"], config["text_config"]["num_global_key_value_heads"] = full.pop()
     if quantization := plan.quantization():
-        # mlx-lm and mlx-vlm read the first, transformers and the hub's pages the second
+        # mlx-lm and mlx-vlm read the first key, transformers and the hub's pages the second
         config["quantization"] = config["quantization_config"] = quantization
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def model_card(plan: Plan, origin: Origin) -> str:
-    """README.md: what was done to what."""
+    """README.md: the source, the tools, and the format and size of each part."""
     source = origin.name if origin.revision is None else f"{origin.name} at revision {origin.revision}"
     lines = ["---", "license: apache-2.0", "library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx, diffusion_gemma]"]
     if origin.revision is not None:
@@ -94,18 +94,18 @@ def model_card(plan: Plan, origin: Origin) -> str:
 
 
 def check_repository(repository: str) -> None:
-    """Raise InputError where ``repository`` is not of the form OWNER/NAME."""
+    """Raise InputError if ``repository`` does not have the form OWNER/NAME."""
     if not _REPOSITORY.fullmatch(repository):
-        raise InputError(f"{repository!r} is not a hub repository of the form OWNER/NAME")
+        raise InputError(f"{repository!r} is not a hub repository; write it as OWNER/NAME")
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Send a converted folder to the hub, making the repository where it does not exist.
+    """Upload a converted folder to the hub. Creates the repository if it does not exist.
 
-    Raises CheckpointError where the hub refuses or cannot be reached; the folder stays as it is.
+    Raises CheckpointError if the hub refuses or cannot be reached. The folder is not changed.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of its HTTP client's errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # base class of its HTTP client's errors
 
     check_repository(repository)
     api = HfApi()
@@ -115,5 +115,5 @@ def upload(folder: Path, repository: str) -> None:
     except (HTTPError, OSError) as refused:
         reason = str(refused).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{repository}: the upload failed ({reason}); the checkpoint is whole, send it with: hf upload {repository} {folder}"
+            f"{repository}: the upload failed ({reason}); the checkpoint is complete, retry with: hf upload {repository} {folder}"
         ) from None

@@ -1,7 +1,7 @@
-"""Rows of one tensor -> packed.
+"""Packs the rows of one tensor.
 
-``mx.quantize`` packs, so that the words are MLX's own. Its groups lie within rows, therefore a tensor can be packed in portions
-of rows with the same result, and memory is bounded by the portion.
+``mx.quantize`` does the packing, so the words equal MLX's own. Its groups lie within rows. A tensor can therefore be packed some
+rows at a time with the same result, and this bounds memory.
 """
 
 from importlib.metadata import version
@@ -13,33 +13,33 @@ from numpy.typing import NDArray
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.errors import BackendError
 
-#: Source bytes to pack at a time. On a CPU mx.quantize takes up to 33 times as much for a moment (nvfp4), and is fastest with
-#: few megabytes.
+#: Source bytes to pack at a time. On a CPU, mx.quantize briefly takes up to 33 times as much memory (nvfp4), and is fastest with
+#: a few megabytes.
 PIECE_BYTES = 4 << 20
 
 
 def mlx_version() -> str:
-    """Version of the mlx that packs; raises BackendError where there is none."""
+    """Version of mlx. Raises BackendError if mlx cannot be imported."""
     try:
         import mlx.core  # noqa: F401
     except ImportError as broken:
         reason = str(broken).partition("\n")[0]
         raise BackendError(
-            f'mlx packs the weights, and cannot be imported ({reason}); try: pip install "mlx-diffgemma[cpu]"'
+            f'mlx packs the weights, but cannot be imported ({reason}); try: pip install "mlx-diffgemma[cpu]"'
         ) from broken
     return version("mlx")
 
 
 def pack(rows: NDArray[Any], dtype: str, quantization: Quantization | None) -> list[NDArray[Any]]:
-    """Pack rows [R, N], or with ``quantization`` None round them to BF16.
+    """Pack rows [R, N]. If ``quantization`` is None, round them to BF16.
 
     Args:
-        rows: raw words, uint16 or uint32. NumPy has no bfloat16.
-        dtype: what they are: BF16, F16 or F32. They are rounded to BF16 first, and the scales take that dtype.
+        rows: raw words, uint16 or uint32, because NumPy has no bfloat16.
+        dtype: number type of the words: BF16, F16 or F32. They are rounded to BF16 first, which is then the dtype of the scales.
 
     Returns:
         uint32 words [R, N * bits / 32], scales [R, N / group_size] (BF16 as uint16, or uint8) and, if affine, biases like the
-        scales; or only BF16 as uint16 [R, N].
+        scales. If ``quantization`` is None, only BF16 as uint16 [R, N].
     """
     if quantization is None and dtype == "BF16":
         return [rows]

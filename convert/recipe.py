@@ -1,11 +1,11 @@
-"""Which tensor gets which format: parts, recipes, and the plan of a conversion. Reads no weight.
+"""Chooses the format of each tensor: parts, recipes, and the plan of a conversion. Reads no weights.
 
-A checkpoint is divided into **parts**: the experts (nine tenths of all weights), the embedding (also the output head), the
-attention, dense MLP, router and self-conditioning projections, and the vision tower. A :data:`Recipe` gives each part one format.
-Norms, scales and the layers' scalars belong to no part and are always BF16.
+A checkpoint has these **parts**: the experts (nine tenths of all weights), the embedding (also the output head), the attention,
+dense MLP, router and self-conditioning projections, and the vision tower. A :data:`Recipe` gives each part one format. Norms,
+scales and the layers' scalars belong to no part and are always BF16.
 
-The plan's output is the layout that MLX's converted checkpoints have on the hub: stored names are kept, a quantized module
-has ``.weight`` (uint32 words), ``.scales`` and, if affine, ``.biases``, and ``config.json`` says how each is packed.
+The plan's output has the layout of MLX's converted checkpoints on the hub. Stored names are kept. A quantized module has
+``.weight`` (uint32 words), ``.scales`` and, if affine, ``.biases``. ``config.json`` says how each module is packed.
 """
 
 import re
@@ -23,7 +23,7 @@ Format = Quantization | None
 Recipe = Mapping[str, Format]
 
 AFFINE_GROUPS, AFFINE_BITS = FORMATS["affine"]
-#: The modes whose group size and bits are fixed.
+#: Formats with a fixed group size and number of bits.
 NAMED_FORMATS = {
     "mxfp4": Quantization(32, 4, "mxfp4"),
     "mxfp8": Quantization(32, 8, "mxfp8"),
@@ -39,7 +39,7 @@ def _recipe(experts: Format, others: Format) -> Recipe:
 
 
 _EIGHT = Quantization(64, 8)
-#: The experts carry the size, the other parts the sensitivity: all but ``bf16`` pack those with 8 bits.
+#: The experts make up the size. The other parts are more sensitive to errors, so they have 8 bits (16 in ``bf16``).
 RECIPES: Mapping[str, Recipe] = {
     "4bit": _recipe(Quantization(64, 4), _EIGHT),
     "6bit": _recipe(Quantization(64, 6), _EIGHT),
@@ -51,7 +51,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def parse_format(text: str) -> Format:
-    """A format as the command line writes it: ``BITS[:GROUP]`` (affine, groups of 64), mxfp4, mxfp8, nvfp4, or bf16."""
+    """Parse a format: ``BITS[:GROUP]`` (affine, by default in groups of 64), mxfp4, mxfp8, nvfp4 or bf16."""
     if text == "bf16":
         return None
     if text in NAMED_FORMATS:
@@ -61,18 +61,16 @@ def parse_format(text: str) -> Format:
         raise InputError(f"unknown format {text!r}; known are BITS[:GROUP], {', '.join(NAMED_FORMATS)} and bf16")
     bits, group_size = int(match[1]), int(match[2] or 64)
     if bits not in AFFINE_BITS:
-        raise InputError(f"format {text!r}: {bits} bits are not possible; possible are {', '.join(map(str, AFFINE_BITS))}")
+        raise InputError(f"format {text!r}: {bits} bits are not possible; use {', '.join(map(str, AFFINE_BITS))}")
     if group_size not in AFFINE_GROUPS:
-        raise InputError(
-            f"format {text!r}: groups of {group_size} are not possible; possible are {', '.join(map(str, AFFINE_GROUPS))}"
-        )
+        raise InputError(f"format {text!r}: groups of {group_size} are not possible; use {', '.join(map(str, AFFINE_GROUPS))}")
     return Quantization(group_size, bits)
 
 
 def make_recipe(name: str = "4bit", settings: Iterable[str] = ()) -> Recipe:
-    """The recipe ``name`` of :data:`RECIPES`, with parts set by hand, such as ``experts=4:32`` or ``embedding=bf16``.
+    """The recipe ``name`` of :data:`RECIPES`, changed by ``settings`` such as ``experts=4:32`` or ``embedding=bf16``.
 
-    Raises InputError for an unknown recipe or part, and for a format that is not possible.
+    Raises InputError for an unknown recipe or part, and for an impossible format.
     """
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
@@ -85,13 +83,13 @@ def make_recipe(name: str = "4bit", settings: Iterable[str] = ()) -> Recipe:
             raise InputError(f"unknown part {part!r}; known are {', '.join(PARTS)}")
         recipe[part] = parse_format(text)
     if recipe["vision"] is not None:
-        raise InputError("the vision tower is kept in BF16; only vision=bf16 is possible")
+        raise InputError("the vision tower stays in BF16; use vision=bf16 or leave it out")
     return recipe
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to be written; ``dtype`` is the safetensors name."""
+    """One tensor to write; ``dtype`` is its name in safetensors."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,7 +106,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Entry:
-    """One source tensor and what becomes of it: itself in BF16, or its words, scales and (if affine) biases, in this order."""
+    """One source tensor and its outputs: the tensor in BF16, or its words, scales and (if affine) biases, in this order."""
 
     part: str
     source: Tensor
@@ -122,20 +120,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be written."""
+    """One file to write."""
 
     name: str
     entries: tuple[Entry, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors; the header comes on top."""
+        """Bytes of its tensors, without the header."""
         return sum(entry.nbytes for entry in self.entries)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the plan does to one part; ``weights`` counts the source's numbers, ``nbytes`` what is written."""
+    """One part in the plan's table: ``weights`` counts the numbers in the source, ``nbytes`` the bytes to write."""
 
     part: str
     format: str
@@ -150,7 +148,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a conversion writes, known before a weight is read."""
+    """Everything that a conversion writes, known before any weight is read."""
 
     recipe: Recipe
     shards: tuple[Shard, ...]
@@ -159,10 +157,10 @@ class Plan:
     def make(cls, checkpoint: Checkpoint, recipe: Recipe, shard_bytes: int = 5_000_000_000) -> Self:
         """Plan the conversion of an unquantized checkpoint into shards of at most ``shard_bytes``.
 
-        A module's tensors stay together; one that is larger than a shard gets its own.
+        A module's tensors stay in one shard. A module larger than ``shard_bytes`` gets its own shard.
 
         Raises:
-            CheckpointError: the source is quantized already, or lacks weights.
+            CheckpointError: the source is already quantized, or weights are missing.
             InputError: the groups of a format do not divide a tensor's last axis.
         """
         _check_source(checkpoint)
@@ -176,20 +174,20 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors to be written."""
+        """Bytes of all tensors to write."""
         return sum(shard.nbytes for shard in self.shards)
 
     def rows(self) -> list[Row]:
-        """One row a part, in the order of :data:`PARTS`, then the norms, then the total."""
+        """One row per part in the order of :data:`PARTS`, then the norms, then the total."""
         by_part = {part: [entry for entry in self.entries if entry.part == part] for part in (*PARTS, NORMS)}
         rows = [_row(part, str(self.recipe.get(part) or "BF16"), entries) for part, entries in by_part.items() if entries]
         return [*rows, _row("total", "", self.entries)]
 
     def quantization(self) -> dict[str, Any] | None:
-        """The ``quantization`` of ``config.json``: a global format and, by stored module path, those that differ from it.
+        """The ``quantization`` of ``config.json``: a global format, and by stored module path the formats that differ from it.
 
-        The global format is the experts' or, if they are BF16, that of the first quantized part. An override without ``mode``
-        is affine, whatever the global mode. None if nothing is quantized.
+        The global format is the experts' or, if they are BF16, that of the first quantized part. An entry without ``mode`` is
+        affine, whatever the global mode. None if nothing is quantized.
         """
         base = next(filter(None, (self.recipe[part] for part in PARTS)), None)
         if base is None:
@@ -208,20 +206,20 @@ def _check_source(checkpoint: Checkpoint) -> None:
     for tensor in (*checkpoint.tensors.values(), *checkpoint.vision.values()):
         if tensor.dtype not in _SOURCE_DTYPES or tensor.name.endswith(".scales"):
             raise CheckpointError(
-                f"{checkpoint.folder}: quantized already ({tensor.name} is {tensor.dtype}); convert the BF16 checkpoint instead"
+                f"{checkpoint.folder}: already quantized ({tensor.name} is {tensor.dtype}); convert the BF16 checkpoint instead"
             )
     per_layer = [module for module, part in PART_OF.items() if part not in ("embedding", "self_conditioning")]
     expected = [f"{module}.weight" for module in PART_OF if module not in per_layer]
     for index, layer in enumerate(checkpoint.config.layers):
-        # Full-attention layers have no v_proj: their values are the keys.
+        # Full-attention layers have no v_proj: they use the keys as values.
         modules = [module for module in per_layer if layer.is_sliding or module != "self_attn.v_proj"]
         expected += [f"layers.{index}.{module}.weight" for module in modules]
     if missing := [name for name in expected if name not in checkpoint.tensors]:
-        raise CheckpointError(f"{checkpoint.folder}: incomplete; missing: {', '.join(missing)}")
+        raise CheckpointError(f"{checkpoint.folder}: incomplete; missing: {', '.join(missing)}; fetch it again")
 
 
 def _module(stored: str) -> str:
-    """The stored path of a tensor's module; the hub's expert tensors have no ``.weight`` to lose."""
+    """The stored path of a tensor's module. The hub's expert tensors have no ``.weight`` suffix."""
     return stored.removesuffix(".weight")
 
 

@@ -1,15 +1,15 @@
-"""Weights streamed in and out: bounded memory, resumable, whole or not at all.
+"""Streams the weights from the source to the target with bounded memory. An interrupted run can continue.
 
-A conversion works in ``TARGET.partial``, beside the target and so on its file system::
+A conversion works in ``TARGET.partial``, which lies beside the target and therefore on the same file system::
 
     TARGET.partial/plan       fingerprint of the source and the settings
-    TARGET.partial/model/     becomes TARGET by one rename, when all is written
+    TARGET.partial/model/     renamed to TARGET when everything is written
 
-A shard gets its final name when it is whole and on the disk. A run that finds the same fingerprint keeps those and writes the
-others; nothing depends on where the earlier run stopped, so the result is the same bytes.
+A shard gets its final name when all of it is on the disk. A later run with the same fingerprint keeps these shards and writes the
+others. Nothing depends on where the earlier run stopped, so the result has the same bytes.
 
-Safetensors files are written here because the library's writer wants all tensors in memory. The plan knows every name, dtype
-and shape, hence the header comes first and each piece goes to its place; the layout is the library's own, byte for byte.
+This module writes safetensors files itself, because the library's writer needs all tensors in memory. The plan knows every name,
+dtype and shape, so the header is written first and each piece goes to its place. The layout equals the library's, byte for byte.
 """
 
 import errno
@@ -36,7 +36,7 @@ from mlx_diffgemma.errors import CheckpointError, InputError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is: shards finished, and bytes of tensors written, those of an earlier run included."""
+    """Progress of a conversion: finished shards, and bytes of tensors written, including those of an earlier run."""
 
     shards_done: int
     shards: int
@@ -48,9 +48,9 @@ Report = Callable[[Progress], None]
 
 
 def read_rows(tensor: Tensor, piece_bytes: int) -> Iterator[NDArray[Any]]:
-    """A stored tensor as raw words [R, last axis] (uint16 or uint32), in pieces of about ``piece_bytes``.
+    """Yield a stored tensor as raw words [R, last axis] (uint16 or uint32), in pieces of about ``piece_bytes``.
 
-    The file is read, not mapped, so that resident memory stays that of the piece.
+    The file is read, not mapped, so resident memory holds only one piece.
     """
     words = np.dtype("<u4" if tensor.dtype == "F32" else "<u2")
     width = tensor.shape[-1] if tensor.shape else 1
@@ -75,21 +75,21 @@ def write(
     restart: bool = False,
     report: Report = lambda progress: None,
 ) -> None:
-    """Carry out a plan: the shards, their index and the other ``files`` (name -> content) appear as the folder ``target``.
+    """Carry out a plan: write the shards, their index and the other ``files`` (name -> content) as the folder ``target``.
 
     Args:
-        target: must not exist, or be an empty folder.
-        restart: throw away what an unfinished run left, instead of going on from it.
-        report: is called with the progress after each piece.
+        target: a path that does not exist, or an empty folder.
+        restart: discard the work of an unfinished run instead of continuing it.
+        report: called with the progress after each piece.
 
     Raises:
-        InputError: the target exists, or an unfinished run had another source or other settings.
-        CheckpointError: the disk is full or fails. What is finished is kept for the next run.
+        InputError: the target exists, or an unfinished run has another source or other settings.
+        CheckpointError: the disk is full or fails. Finished shards are kept for the next run.
         BackendError: mlx cannot be imported.
     """
     target = Path(os.path.abspath(target.expanduser()))
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already; choose another target, or remove it")
+        raise InputError(f"{target} already exists; choose another target, or remove it")
     partial, identity = target.with_name(f"{target.name}.partial"), fingerprint(plan)
     with _disk_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,9 @@ def write(
             done = sum(shard.nbytes for shard in finished)
             needed, free = plan.nbytes - done + sum(map(len, files.values())), shutil.disk_usage(partial).free
             if needed > free:
-                raise CheckpointError(f"{target}: needs {decimal(needed)} of disk, but {decimal(free)} are free; free some space")
+                raise CheckpointError(
+                    f"{target}: needs {decimal(needed)} of disk, but only {decimal(free)} are free; free some space"
+                )
             report(Progress(len(finished), len(plan.shards), done, plan.nbytes))
             for number, shard in enumerate((shard for shard in plan.shards if shard not in finished), len(finished)):
                 for nbytes in _write_shard(shard, model):
@@ -116,7 +118,7 @@ def write(
 
 
 def fingerprint(plan: Plan) -> str:
-    """Names the bytes that a plan writes: the source's files (name, size, time of change), the formats, and mlx's version."""
+    """A hash of everything that decides the output: source files (name, size, modification time), formats, mlx's version."""
     sources = {entry.source.file for entry in plan.entries}
     facts = {
         "mlx": mlx_version(),
@@ -130,10 +132,10 @@ def fingerprint(plan: Plan) -> str:
 
 
 def _claim(partial: Path, fingerprint: str, restart: bool) -> Path:
-    """The folder to write into, with the finished shards of an earlier run of the same plan and nothing else."""
+    """The folder to write into. It holds the finished shards of an earlier run of the same plan, and nothing else."""
     plan, model = partial / "plan", partial / "model"
     if not plan.exists() and {entry.name for entry in partial.iterdir()} - {"plan.unfinished"}:
-        raise InputError(f"{partial} is needed for the work, but holds something else; move it away")
+        raise InputError(f"{partial} is needed for the conversion, but holds other files; move it away")
     if restart:
         shutil.rmtree(model, ignore_errors=True)
         plan.unlink(missing_ok=True)
@@ -141,7 +143,7 @@ def _claim(partial: Path, fingerprint: str, restart: bool) -> Path:
         if plan.read_text() != fingerprint:
             raise InputError(
                 f"{partial} holds an unfinished conversion of another source or with other settings; "
-                "run that one to its end, or throw it away with --restart"
+                "finish that one, or discard it with --restart"
             )
         for file in model.iterdir():
             if file.suffix != ".safetensors":
@@ -155,7 +157,7 @@ def _claim(partial: Path, fingerprint: str, restart: bool) -> Path:
 
 
 def _write_shard(shard: Shard, folder: Path) -> Iterator[int]:
-    """Write one shard; yields the bytes of each piece."""
+    """Write one shard. Yields the size of each piece in bytes."""
     header, places = _header([output for entry in shard.entries for output in entry.outputs])
     with _durable(folder / shard.name) as file:
         file.write(header)
@@ -171,9 +173,9 @@ def _write_shard(shard: Shard, folder: Path) -> Iterator[int]:
 
 
 def _header(outputs: list[Output]) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header, and where in the file each tensor begins.
+    """A safetensors header, and the offset of each tensor in the file.
 
-    Wide dtypes come first, so that every tensor is aligned to its dtype in a mapped file; then by name.
+    Tensors are sorted by decreasing item size, so that each is aligned to its dtype in a mapped file, then by name.
     """
     table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     places, end = {}, 0
@@ -199,7 +201,7 @@ def _index(plan: Plan) -> bytes:
 
 @contextmanager
 def _durable(path: Path) -> Iterator[Any]:
-    """A new file that has its name only once its whole content is on the disk."""
+    """A new file that gets its name when its whole content is on the disk."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with open(unfinished, "wb") as file:
         yield file
@@ -209,7 +211,7 @@ def _durable(path: Path) -> Iterator[Any]:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk."""
+    """Write a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -219,15 +221,15 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _lock(partial: Path) -> Iterator[None]:
-    """Keep a second conversion out of the folder; a killed run leaves no lock."""
-    import fcntl  # Windows has none, and the package is imported there too
+    """Keep a second conversion out of the folder. A killed run leaves no lock."""
+    import fcntl  # imported here because Windows has no fcntl, but can import this module
 
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{partial}: another conversion to this target is running; wait for its end") from None
+            raise InputError(f"{partial}: another conversion to this target is running; wait until it ends") from None
         yield
     finally:
         os.close(descriptor)
@@ -241,5 +243,5 @@ def _disk_errors(partial: Path) -> Iterator[None]:
         if failed.errno in (errno.ENOSPC, errno.EDQUOT):
             problem = "the disk is full; free some space"
         else:
-            problem = f"{failed.filename or partial}: {failed.strerror}; set that right"
-        raise CheckpointError(f"{problem} and run again: what is finished is kept in {partial}") from failed
+            problem = f"{failed.filename or partial}: {failed.strerror}; fix this"
+        raise CheckpointError(f"{problem} and run again: finished shards are kept in {partial}") from failed

@@ -1,4 +1,4 @@
-"""Writes docs/commands.md, every command's --help on one page; a test keeps it true.
+"""Writes docs/commands.md: the --help of every command on one page. A test checks that the page is current.
 
 python docs/commands.py
 """
@@ -13,7 +13,7 @@ PAGE = Path(__file__).with_name("commands.md")
 
 
 def page() -> str:
-    parts = ["# Commands\n\nWritten by `python docs/commands.py` from the commands themselves.\n"]
+    parts = ["# Commands\n\nThe help of every command. `python docs/commands.py` writes this page.\n"]
     for command in ("", *COMMANDS):
         arguments = [*([command] if command else []), "--help"]
         text = CliRunner().invoke(main, arguments, prog_name="mlx-diffgemma", terminal_width=100).output

@@ -1,7 +1,7 @@
-"""The picture of the server's page, page.png beside this file: ``python docs/page_picture.py [ADDRESS]``.
+"""Takes the picture of the server's page, page.png beside this file: ``python docs/page_picture.py [ADDRESS]``.
 
-At ADDRESS, by default http://127.0.0.1:8000/, ``mlx-diffgemma serve sudoku`` runs. Needs playwright (``pip install playwright``)
-and a Chromium, the system's or playwright's own. The letters are those of this machine's fonts.
+Start ``mlx-diffgemma serve sudoku`` first; ADDRESS is its address, by default http://127.0.0.1:8000/. The script needs playwright
+(``pip install playwright``) and a Chromium, the system's or playwright's own. The picture shows the fonts of this machine.
 """
 
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-#: A puzzle that the boxed model solves with this seed, and on the way takes back what it had accepted.
+#: A puzzle that the Sudoku model solves with this seed, after it takes back accepted cells.
 PUZZLE, SEED = ".5..3......4..3.1...2...12.....4..61", 1
 
 
 def run(page: Page, address: str) -> None:
-    """Let the model solve the puzzle, and go back to the step in which it first takes a cell back."""
+    """Let the model solve the puzzle, then show the first step that takes a cell back."""
     page.goto(address)
     page.wait_for_selector("#model:not(:empty)")
     page.click("summary")

@@ -1,6 +1,6 @@
-"""The pictures of how-it-works.md, drawn from a run of the boxed Sudoku model: ``python docs/pictures.py [MODEL]``.
+"""Draws the pictures of how-it-works.md from a run of the Sudoku model: ``python docs/pictures.py [MODEL]``.
 
-Writes canvas.svg and acceptance.svg beside this file. The run is that of ``mlx-diffgemma demo`` with the seed and clues below.
+Writes canvas.svg and acceptance.svg beside this file. The run equals ``mlx-diffgemma demo`` with the seed and clues below.
 """
 
 import sys
@@ -18,15 +18,15 @@ from mlx_diffgemma.demo.sudoku import Grid
 from mlx_diffgemma.sampler import Draft, Text, block_diffusion
 
 SEED, CLUES = 6, 12
-PANELS = 6  # steps in the first picture
+PANELS = 6  # steps shown in the first picture
 
 CELL = 22
 INK, FAINT, GREEN, ORANGE = "#1f2328", "#8c959f", "#1a7f37", "#bc4c00"
-LEAST, MOST = (255, 255, 255), (97, 160, 255)  # colours of no entropy, and of the most there is
+LEAST, MOST = (255, 255, 255), (97, 160, 255)  # colours of zero and of maximum entropy
 
 
 def record(model: str) -> tuple[Grid, list[Draft]]:
-    """The clues, and the canvas after each step."""
+    """The clues of the puzzle, and the canvas after each step."""
     checkpoint = Checkpoint.open(model)
     size = board_size(checkpoint.config.canvas_length)
     clues = sudoku.fresh_puzzle(size, CLUES, SEED).clues
@@ -36,7 +36,7 @@ def record(model: str) -> tuple[Grid, list[Draft]]:
 
 
 def canvas_picture(clues: Grid, drafts: Sequence[Draft]) -> str:
-    """Grids side by side: the most likely digits after some of the steps, shaded by entropy."""
+    """Grids side by side: the most likely digits after some of the steps, coloured by entropy."""
     size, settling = clues.size, Settling()
     states = [settling.update(draft) for draft in drafts]
     shown = sorted({round(step) for step in np.linspace(0, len(drafts) - 1, PANELS)})
@@ -67,7 +67,7 @@ def canvas_picture(clues: Grid, drafts: Sequence[Draft]) -> str:
 
 
 def acceptance_picture(clues: Grid, drafts: Sequence[Draft]) -> str:
-    """One row a step: the entropy of each position, a dot where it was accepted, the mean, and how many were accepted."""
+    """One row per step: entropy of each position, a dot if it was accepted, mean entropy, and number of accepted positions."""
     cells, wide, high, left, top = len(clues.cells), 13, 17, 48, 44
     right = left + cells * wide + 18
     parts = [
@@ -92,7 +92,7 @@ def acceptance_picture(clues: Grid, drafts: Sequence[Draft]) -> str:
 
 
 def shade(entropy: float, size: int) -> str:
-    """Between LEAST and MOST, by the entropy over that of a uniform choice among the digits."""
+    """A colour from LEAST to MOST: the entropy divided by that of a uniform choice among the digits."""
     part = min(1.0, float(entropy) / np.log(size))
     return "#" + "".join(f"{round(low + (high - low) * part):02x}" for low, high in zip(LEAST, MOST, strict=True))
 

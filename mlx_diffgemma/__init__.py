@@ -4,7 +4,7 @@
 >>> model = load("google/diffusiongemma-26B-A4B-it")
 >>> print(model.generate("Why is the sky blue?", seed=0).text)
 
-Importing this package imports neither framework; loading a model imports the one that is chosen.
+Importing this package imports neither framework. Loading a model imports the framework of its backend.
 """
 
 from mlx_diffgemma.causal import Token

@@ -1,9 +1,9 @@
-"""One token at a time: the encoder pass is a causal language model, and this samples from it.
+"""The causal mode: writes one token at a time. The encoder pass is a causal language model, and this module samples from it.
 
-The cache, the end tokens and the padding are those of the diffusion, which may go on where this stops, and the other way round.
+The causal mode and the diffusion mode use the same cache and the same end tokens. Each can continue where the other stopped.
 
-The logits of one position cross the backend's line, once a token: 1 MiB at the released model's vocabulary of 262,144.
-The choice is then made here, once for all backends.
+For each token, the backend returns the logits of one position: 1 MiB at the released model's vocabulary of 262,144. The token is
+chosen here, by the same code for all backends.
 """
 
 import time
@@ -26,11 +26,11 @@ class Token:
     """A new token.
 
     Attributes:
-        index: from 0.
+        index: its number in this call, from 0.
         token: its id.
         ended: whether it ends the text.
-        seconds: wall time of its pass (the first one is that of the prompt) and of the choice.
-        logprob: its natural-log probability after all before it, at temperature 1; None where not asked for.
+        seconds: wall time of its pass and of the choice. The first token's pass is that of the prompt.
+        logprob: its natural-log probability given all tokens before it, at temperature 1; None when not requested.
     """
 
     index: int
@@ -41,20 +41,20 @@ class Token:
 
 
 def causal(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Token]:
-    """Write up to ``config.max_new_tokens`` tokens of a text, each by a pass of its own.
+    """Write up to ``config.max_new_tokens`` tokens of a text, one per pass.
 
     A token is argmax(logits / temperature + Gumbel noise) over the tokens that ``top_k`` and ``top_p`` leave. The noise is stream
-    3 of :mod:`mlx_diffgemma.noise`; it counts the tokens of this call from 0, so a text that changes modes needs a seed for each
-    part.
+    3 of :mod:`mlx_diffgemma.noise`. It counts the tokens of this call from 0, so a text that changes modes needs a different seed
+    for each part.
 
-    What follows may be written from the same cache, here again or by :func:`~mlx_diffgemma.sampler.block_diffusion`: the last
-    token is not in it yet, and is the prompt of what follows.
+    To continue the text, use the same cache, here or in :func:`~mlx_diffgemma.sampler.block_diffusion`. The last token is not in
+    the cache yet: pass it as the prompt.
 
     Args:
-        text: without ``frozen`` and ``canvas``, which belong to the diffusion.
+        text: must not have ``frozen`` or ``canvas``, which belong to the diffusion mode.
 
     Yields:
-        A :class:`Token` after each pass, up to the one that ends the text.
+        A :class:`Token` after each pass, up to and including the token that ends the text.
 
     Raises:
         InputError: before anything is computed.
@@ -64,14 +64,14 @@ def causal(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Token
 
 
 def check_causal(model: ModelConfig, text: Text, config: CausalConfig) -> None:
-    """Raise InputError unless the text can be written by the model."""
+    """Raise InputError if the model cannot write the text."""
     before = check_prompt(model, text)
     if text.frozen is not None or text.canvas is not None:
         raise InputError("frozen and canvas belong to the diffusion mode; leave them out, or change the mode")
     if before + config.max_new_tokens > model.max_position_embeddings:
         raise InputError(
-            f"{before} prompt tokens and {config.max_new_tokens} new ones exceed the model's context of "
-            f"{model.max_position_embeddings} tokens; shorten either"
+            f"{before} prompt tokens and {config.max_new_tokens} new tokens exceed the model's context of "
+            f"{model.max_position_embeddings} tokens; use a shorter prompt or fewer new tokens"
         )
 
 
@@ -92,20 +92,20 @@ def _tokens(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Toke
 
 
 def choose(logits: NDArray[np.float32], config: CausalConfig, key: int) -> int:
-    """A token id under logits [V] and the noise of ``key``."""
+    """Choose a token id from logits [V], with the noise of ``key``."""
     if config.greedy:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # at the lowest temperatures all but the best become -inf
+    with np.errstate(over="ignore"):  # at very low temperatures all scores but the best become -inf
         scores = ((logits - logits.max()) / np.float64(config.temperature)).astype(np.float32)
     best = scores.argmax()
-    # Noise costs more than the logits: only tokens that can win get it.
+    # Noise for all tokens would cost more than the logits, so only tokens that can win get noise.
     least = scores[best] + _gumbel(key, best) - noise.MAX_GUMBEL
     able = np.flatnonzero(scores >= max(least, floor(scores, config.top_k, config.top_p)))
     return int(able[(scores[able] + _gumbel(key, able)).argmax()])
 
 
 def floor(scores: NDArray[np.float32], top_k: int | None, top_p: float | None) -> float:
-    """The lowest of the tempered logits [V] that ``top_k`` and then ``top_p`` leave; tokens that are as likely stay together."""
+    """The lowest of the tempered logits [V] that ``top_k`` and then ``top_p`` leave. Equally likely tokens stay together."""
     lowest = -np.inf
     if top_k is not None and top_k < len(scores):
         lowest = np.partition(scores, -top_k)[-top_k]
@@ -113,7 +113,7 @@ def floor(scores: NDArray[np.float32], top_k: int | None, top_p: float | None) -
         left = scores[scores >= lowest]
         weights = np.exp(left.astype(np.float64) - left.max())
         total = weights.sum()
-        # Sorting costs more than all else; tokens as unlikely as these would not fill what top_p leaves out.
+        # Sorting costs the most here. All tokens below this limit together hold less than the 1 - top_p that is left out.
         likely = weights >= (1 - top_p) * total / len(left)
         falling = np.sort(left[likely])[::-1]
         sums = np.sort(weights[likely])[::-1].cumsum()

@@ -1,11 +1,11 @@
-"""A folder or hub id -> files, and what is in them: the safetensors index, and which module is quantized and how.
+"""Checkpoints: the files of a folder or hub id, the tensors in them, and which modules are quantized and how.
 
-Nothing here reads a weight. Headers are read through `safetensors`, which also refuses truncated files; the wings then fetch
+This module reads no weights. It reads the headers with `safetensors`, which also refuses truncated files. The backends then read
 each tensor from the file that :class:`Tensor` names.
 
-**Names.** The graphs use the checkpoint's own attribute names. The few renames are in :func:`graph_name`: the prefix
-``model.decoder.`` falls away, the encoder's only text tensors become ``layers.N.encoder_layer_scalar``, and the experts'
-stacked weights, which end without ``.weight`` on the hub, gain it (as MLX's quantized checkpoints have it).
+**Names.** The models use the checkpoint's own attribute names, with few exceptions, all in :func:`graph_name`: the prefix
+``model.decoder.`` is removed, the encoder's only text tensors become ``layers.N.encoder_layer_scalar``, and the experts' stacked
+weights, which have no ``.weight`` at their end on the hub, get one (as in MLX's quantized checkpoints).
 """
 
 import re
@@ -27,7 +27,7 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor: where it lies, and its form. ``dtype`` is the safetensors name, such as BF16."""
+    """One stored tensor: its file, name and shape. ``dtype`` is the safetensors name, such as BF16."""
 
     file: Path
     name: str
@@ -39,7 +39,7 @@ class Tensor:
         return prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
-#: The modules that hold the weights, by their path in the graph without ``layers.N.``, and the part of the model each belongs to.
+#: The part of the model that each module with weights belongs to, by the module's path in the model without ``layers.N.``.
 PART_OF = {
     "experts.gate_up_proj": "experts",
     "experts.down_proj": "experts",
@@ -57,10 +57,10 @@ PART_OF = {
     "self_conditioning.down_proj": "self_conditioning",
 }
 PARTS = (*dict.fromkeys(PART_OF.values()), "vision")
-#: What is in no part, and is never quantized.
+#: The name for tensors that belong to no part and are never quantized.
 NORMS = "norms and scales"
 
-#: Group sizes and bits that each mode of ``mx.quantize`` has.
+#: The group sizes and bits that each mode of ``mx.quantize`` supports.
 FORMATS = {
     "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
@@ -71,9 +71,10 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one module's weight is packed, in the terms of ``mx.quantize``; one of :data:`FORMATS`.
+    """How one module's weight is packed, with the parameters of ``mx.quantize``. Must be one of :data:`FORMATS`.
 
-    ``mode`` is affine (w = scale * q + bias per group), mxfp4, mxfp8 or nvfp4 (shared scale per group, no biases).
+    ``mode`` is affine (w = scale * q + bias, with a scale and a bias per group), or mxfp4, mxfp8 or nvfp4 (a scale per group and
+    no bias).
     """
 
     group_size: int
@@ -94,11 +95,11 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        folder: where its files lie.
-        config, generation: what its JSON says.
-        tensors: the text model's tensors, by the graph's names.
-        vision: the tensors of the vision tower, by their stored names; known, and left unread.
-        quantization: the quantized modules, by the graph's module paths.
+        folder: the folder of its files.
+        config, generation: the content of its JSON files.
+        tensors: the text model's tensors, by their names in the model.
+        vision: the tensors of the vision tower, by their stored names. Their weights are never read.
+        quantization: the quantized modules, by their paths in the model.
     """
 
     folder: Path
@@ -110,9 +111,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Open a folder or a hub id such as ``google/diffusiongemma-26B-A4B-it``; downloads what is not in the hub's cache.
+        """Open a folder or a hub id such as ``google/diffusiongemma-26B-A4B-it``. Downloads what is not in the hub's cache.
 
-        Raises CheckpointError where the files are not there, not whole, or not a DiffusionGemma's.
+        Raises CheckpointError if files are missing or incomplete, or if the model is not a DiffusionGemma.
         """
         folder = fetch(source, revision)
         raw = read_json(folder / "config.json")
@@ -131,7 +132,7 @@ class Checkpoint:
         )
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError naming every tensor that is missing, unexpected or of another shape than in ``expected``."""
+        """Raise CheckpointError if tensors are missing, unexpected or not of the shape in ``expected``; it names all of them."""
         missing = sorted(expected.keys() - self.tensors.keys())
         unexpected = sorted(self.tensors[name].name for name in self.tensors.keys() - expected.keys())
         misshaped = sorted(
@@ -149,7 +150,7 @@ class Checkpoint:
 
 
 def graph_name(stored: str) -> str:
-    """The graph's name of a stored text tensor (the module docstring says what is renamed)."""
+    """The name in the model of a stored text tensor. The module docstring lists the renames."""
     if scalar := _ENCODER_SCALAR.fullmatch(stored):
         return f"{scalar[1]}.encoder_layer_scalar"
     name = stored.removeprefix("model.decoder.")
@@ -157,7 +158,7 @@ def graph_name(stored: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """The part of the text model that a tensor, by the graph's name, belongs to: one of :data:`PARTS`, or :data:`NORMS`."""
+    """The part of the text model that a tensor belongs to, by its name in the model: one of :data:`PARTS`, or :data:`NORMS`."""
     return PART_OF.get(_LAYER.sub("", name.rpartition(".")[0]), NORMS)
 
 
@@ -170,11 +171,11 @@ def _weight_files(folder: Path) -> list[Path]:
         files = sorted({folder / Path(name).name for name in weight_map.values()})
         absent = [file.name for file in files if not file.exists()]
         if absent:
-            raise CheckpointError(f"{folder}: missing shards: {', '.join(absent)}")
+            raise CheckpointError(f"{folder}: missing shards: {', '.join(absent)}; fetch them again")
         return files
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: no model.safetensors, nor an index of shards")
+        raise CheckpointError(f"{folder}: neither model.safetensors nor an index of shards is there; is this a model folder?")
     return files
 
 
@@ -196,21 +197,21 @@ def _read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def quantized_modules(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Quantization]:
-    """How each quantized module among ``tensors`` is packed, by the tensors' names; ``raw`` is the parsed ``config.json``.
+    """How each quantized module among ``tensors`` is packed, by module path. ``raw`` is the parsed ``config.json``.
 
-    A module is quantized if and only if its ``.scales`` exist. Its format is its override, else the global one.
+    A module is quantized if and only if its ``.scales`` exist. Its format is its own entry in the table, or else the global one.
     """
     table = raw.get("quantization") or raw.get("quantization_config") or {}
     if "quant_method" in table:
         raise CheckpointError(
-            f"config.json: quantized by {table['quant_method']}, which is not read here; convert the BF16 checkpoint instead"
+            f"config.json: quantized by {table['quant_method']}, which is not supported; convert the BF16 checkpoint instead"
         )
     quantized = {}
     for name, scales in tensors.items():
         if not name.endswith(".scales"):
             continue
         override = table.get(scales.name.removesuffix(".scales"))
-        # An override without a mode means affine, even where the global mode is another.
+        # An override without a mode is affine, even if the global mode is another one.
         entry = {"mode": "affine", **override} if isinstance(override, dict) else table
         try:
             quantized[name.removesuffix(".scales")] = Quantization(

@@ -1,8 +1,8 @@
-"""What a checkpoint's JSON says: the shape of the model, and how it likes to be sampled.
+"""Configurations: the shape of the model and the sampler's options, as read from a checkpoint's JSON files.
 
-Two layouts of ``config.json`` exist. The hub's names the size of the full-attention heads once (``global_head_dim``,
-``num_global_key_value_heads``); the one `transformers` writes lists it per layer (``per_layer_config``). Both are read here,
-and nowhere else is it known that there are two.
+Two layouts of ``config.json`` exist. The hub's layout gives the size of the full-attention heads once (``global_head_dim``,
+``num_global_key_value_heads``). The layout of `transformers` gives it per layer (``per_layer_config``). This module reads both.
+No other module needs to know that there are two.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 class RopeConfig:
     """Rotary position embedding of one kind of layer.
 
-    ``default`` rotates the whole head. ``proportional`` rotates the first ``partial_rotary_factor`` of the pairs, takes the
-    exponents over the full head all the same, and leaves the other pairs at frequency zero.
+    ``default`` rotates the whole head. ``proportional`` rotates only the first ``partial_rotary_factor`` of the pairs. Its
+    exponents still run over the full head, and the other pairs have frequency zero.
     """
 
     rope_type: str
@@ -34,8 +34,8 @@ class RopeConfig:
     def inverse_frequencies(self, head_dim: int) -> list[float]:
         """Radians per position of the head_dim / 2 split-half pairs.
 
-        Exponent, power and reciprocal are each rounded to float32, as in `transformers`: at position 1,000 a frequency that is
-        off by one rounding moves an angle by 1e-4, and logits by 3e-4.
+        Exponent, power and reciprocal are each rounded to float32, as in `transformers`. At position 1,000, a frequency that is
+        wrong by one rounding moves an angle by 1e-4 and logits by 3e-4.
         """
         rotated = int(self.partial_rotary_factor * head_dim // 2)
         exponents = np.arange(0, 2 * rotated, 2, dtype=np.float32) / np.float32(head_dim)
@@ -46,7 +46,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What differs between the layers of one model."""
+    """The part of the configuration that differs between the layers of one model."""
 
     layer_type: str
     head_dim: int
@@ -60,7 +60,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The text model's shape, checked on construction. Attribute names are those of the checkpoint's ``text_config``."""
+    """The shape of the text model, checked on construction. Attribute names are those of the checkpoint's ``text_config``."""
 
     vocab_size: int
     hidden_size: int
@@ -101,7 +101,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """From the parsed ``config.json`` of either layout. Raises CheckpointError where it is not a DiffusionGemma's."""
+        """Read the parsed ``config.json`` of either layout. Raises CheckpointError if it is not that of a DiffusionGemma."""
         if config.get("model_type") != "diffusion_gemma":
             raise CheckpointError(
                 f"config.json: model_type is {config.get('model_type')!r}, not 'diffusion_gemma': this is not a DiffusionGemma"
@@ -113,7 +113,7 @@ class ModelConfig:
         try:
             return cls(
                 **{name: text[name] for name in _TEXT_FIELDS},
-                # transformers leaves this one out where it has the default value
+                # transformers leaves this field out if it has the default value
                 final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
                 canvas_length=config["canvas_length"],
                 layers=_layers(text),
@@ -130,7 +130,7 @@ _TEXT_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
-    """The options of the architecture that no published checkpoint uses and that these graphs do not have."""
+    """Raise CheckpointError for options of the architecture that are not built here; no published checkpoint uses them."""
     if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise CheckpointError(f"config.json: hidden_activation {text['hidden_activation']!r} is not supported")
     if text.get("attention_bias"):
@@ -176,7 +176,7 @@ def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
 
 @dataclass(frozen=True)
 class _Options:
-    """What the options of both modes can do."""
+    """Base of the options of both modes."""
 
     def _require_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -184,7 +184,7 @@ class _Options:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def replace(self, **options: Any) -> Self:
-        """A copy with the options that are not None put in; raises InputError for an unknown name or a bad value."""
+        """A copy with other options; None leaves an option as it is. Raises InputError for an unknown name or a bad value."""
         for name in options:
             if name not in self.option_names():
                 raise unknown_option(name, self.option_names())
@@ -198,19 +198,22 @@ class _Options:
 
 @dataclass(frozen=True)
 class GenerationConfig(_Options):
-    """How to sample. Defaults are those of the released checkpoint; see :func:`mlx_diffgemma.sampler.block_diffusion`.
+    """How to sample in the diffusion mode; see :func:`mlx_diffgemma.sampler.block_diffusion`.
+
+    The defaults are those of the released checkpoint.
 
     Attributes:
-        max_new_tokens: tokens to write at most; whole canvases are made, and the last one is cut.
-        max_denoising_steps: denoising steps per canvas at most.
-        t_min, t_max: temperature falls linearly from ``t_max`` (first step) towards ``t_min``.
-        entropy_bound: nats; positions are accepted in order of rising entropy while the sum of those before stays within it.
-        stability_threshold: the argmax canvas must equal that of as many steps before, for a canvas to be done.
-        confidence_threshold: nats; and the mean entropy must lie below this.
+        max_new_tokens: the most tokens to write. The sampler writes whole canvases, and the last one is cut.
+        max_denoising_steps: the most denoising steps per canvas.
+        t_min, t_max: the temperature falls linearly from ``t_max`` (first step) towards ``t_min``.
+        entropy_bound: nats. Positions are accepted in order of rising entropy, while the entropies before each one sum to at most
+            this.
+        stability_threshold: for a canvas to be done, its argmax must equal the argmax of each of this many steps before.
+        confidence_threshold: nats. For a canvas to be done, its mean entropy must also be below this.
         eos_token_ids: any of these ends the text.
-        pad_token_id: fills a canvas behind the end.
+        pad_token_id: fills a canvas after the end token.
         greedy: accepted positions take the most likely token instead of a sampled one. The reference has no such option.
-        canvas_length: tokens per canvas, if fewer than the model's own; shorter canvases suit short answers.
+        canvas_length: tokens per canvas, if fewer than the model's own. Short canvases suit short texts.
     """
 
     max_new_tokens: int = 256
@@ -239,12 +242,12 @@ class GenerationConfig(_Options):
             raise InputError(f"t_max must be above 0 and not below t_min, got t_max {self.t_max} and t_min {self.t_min}")
 
     def temperature(self, steps_left: int) -> float:
-        """Temperature with ``steps_left`` steps to go, this one included (N, N-1, ..., 1 of N)."""
+        """The temperature with ``steps_left`` steps to go, including the current one (N, N-1, ..., 1 of N)."""
         return self.t_min + (self.t_max - self.t_min) * steps_left / self.max_denoising_steps
 
     @classmethod
     def from_dict(cls, generation: Mapping[str, Any]) -> Self:
-        """From the parsed ``generation_config.json``. What is absent or null takes the default."""
+        """Read the parsed ``generation_config.json``. Options that are absent or null take their defaults."""
         options = {name: generation.get(name) for name in cls.option_names()}
         sampler = generation.get("sampler_config") or {}
         options["entropy_bound"] = sampler.get("entropy_bound")
@@ -258,15 +261,17 @@ class GenerationConfig(_Options):
 
 @dataclass(frozen=True)
 class CausalConfig(_Options):
-    """How to sample one token at a time; see :func:`mlx_diffgemma.causal.causal`. Checkpoints say nothing of it.
+    """How to sample in the causal mode, one token at a time; see :func:`mlx_diffgemma.causal.causal`.
+
+    A checkpoint has no values for ``temperature``, ``top_k`` and ``top_p``.
 
     Attributes:
-        max_new_tokens: tokens to write at most.
-        temperature: above 0; divides the logits, before the two below look at them.
-        top_k: draw from the k most likely tokens; from all where None.
-        top_p: draw from the fewest most likely tokens (of those that ``top_k`` leaves) whose probabilities sum to at least
-            this, above 0 and at most 1; from all where None.
-        greedy: take the most likely token; the three above then say nothing.
+        max_new_tokens: the most tokens to write.
+        temperature: above 0. Divides the logits before ``top_k`` and ``top_p`` are applied.
+        top_k: draw from the k most likely tokens; None draws from all.
+        top_p: draw from the smallest set of most likely tokens (among those that ``top_k`` leaves) whose probabilities sum to at
+            least this, above 0 and at most 1; None draws from all.
+        greedy: take the most likely token. ``temperature``, ``top_k`` and ``top_p`` then have no effect.
         eos_token_ids: any of these ends the text.
     """
 
@@ -290,7 +295,7 @@ class CausalConfig(_Options):
 
     @classmethod
     def from_generation(cls, generation: GenerationConfig) -> Self:
-        """With what the two modes share: the length, the end tokens, and whether to be greedy."""
+        """Make a configuration with the options that both modes share: ``max_new_tokens``, ``greedy`` and ``eos_token_ids``."""
         return cls(
             max_new_tokens=generation.max_new_tokens,
             greedy=generation.greedy,

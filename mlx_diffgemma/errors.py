@@ -1,12 +1,12 @@
-"""What can go wrong, in words a person can act on.
+"""The exceptions of the package.
 
-Every error that a user can cause is a :class:`DiffGemmaError` whose message is one line: what is wrong, and what to do.
-The command line prints that line and exits with status 2; anything else is a bug and keeps its traceback.
+Every error that a user can cause is a :class:`DiffGemmaError`. Its message is one line that says what is wrong and what to do.
+The command line prints that line and exits with status 2. Any other exception is a bug and keeps its traceback.
 """
 
 
 class DiffGemmaError(Exception):
-    """Base of all errors that name a mistake of input, of a file or of the machine."""
+    """Base of all errors that come from the input, a file or the machine."""
 
 
 class InputError(DiffGemmaError, ValueError):
@@ -14,8 +14,8 @@ class InputError(DiffGemmaError, ValueError):
 
 
 class CheckpointError(DiffGemmaError):
-    """A checkpoint is missing, incomplete, damaged, or of another model."""
+    """A checkpoint is missing, incomplete or damaged, or is not a DiffusionGemma."""
 
 
 class BackendError(DiffGemmaError):
-    """A framework or device that was asked for is not there, or cannot do what was asked."""
+    """A requested framework or device is not available, or does not support what was requested."""

@@ -1,4 +1,4 @@
-"""Files: a checkpoint's folder, here or from the hub; JSON; and texts that are replaced whole or not at all."""
+"""Files: find or download a checkpoint's folder, read JSON, and replace a text file atomically."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_diffgemma.errors import CheckpointError
 
-#: What a checkpoint needs of a hub repository; weights in other formats stay there.
+#: The files of a hub repository that a checkpoint needs. Weights in other formats are not downloaded.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 #: Models that come with the package.
@@ -19,9 +19,10 @@ _MODELS = Path(__file__).parent / "models"
 
 
 def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``source`` itself, or the hub's snapshot of it, downloaded where it is not in the cache.
+    """The folder of a checkpoint: ``source`` itself, or its snapshot from the hub, downloaded if it is not in the cache.
 
-    The name of a model in the package (``sudoku``) comes first; a folder of that name is ``./sudoku``.
+    A model that comes with the package (``sudoku``) takes precedence over a folder of that name. Write ``./sudoku`` for the
+    folder.
     """
     if source in BOXED:
         return _MODELS / source
@@ -46,7 +47,7 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
     except RepositoryNotFoundError:
         raise CheckpointError(f"{text}: no such folder here, and no such repository on the hub (or it needs a login)") from None
     except RevisionNotFoundError:
-        raise CheckpointError(f"{text}: the hub has no revision {revision!r}") from None
+        raise CheckpointError(f"{text}: the hub has no revision {revision!r}; name a branch, tag or commit of it") from None
     except LocalEntryNotFoundError:
         raise CheckpointError(f"{text}: not in the local cache, and the hub cannot be reached; check the network") from None
     except HfHubHTTPError as refused:
@@ -57,13 +58,13 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{text}: the download failed: {first_line(failed)}") from None
     except HFValidationError:
         raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME") from None
-    # A connection that breaks raises whatever the hub library's HTTP client or its Rust downloader stumbles over.
+    # When a connection breaks, the hub library's HTTP client and its Rust downloader raise many kinds of exceptions.
     except Exception as failed:
         raise CheckpointError(f"{text}: the download failed: {first_line(failed)}; run again, the download resumes") from failed
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError where it is not there or not one."""
+    """Read a JSON object from a file. Raises CheckpointError if the file is missing or is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text to a new file, or in place of an old one. Raises OSError; an old file is then as it was."""
+    """Write a text to a file, and replace an existing file atomically. If this raises OSError, an existing file is unchanged."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as written:
@@ -88,5 +89,5 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its kind where it says nothing."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

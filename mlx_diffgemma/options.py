@@ -1,4 +1,4 @@
-"""The sampler's options as keyword arguments: their names and types in one place, for functions, editors and error messages."""
+"""The sampler's options as keyword arguments: one list of names and types for functions, editors and error messages."""
 
 import difflib
 import inspect
@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class DenoisingOptions(TypedDict, total=False):
-    """Fields of :class:`~mlx_diffgemma.config.GenerationConfig`, but for ``max_new_tokens``; None takes the checkpoint's own."""
+    """Fields of :class:`~mlx_diffgemma.config.GenerationConfig` except ``max_new_tokens``; None takes the checkpoint's value."""
 
     max_denoising_steps: int | None
     t_min: float | None
@@ -26,7 +26,7 @@ class DenoisingOptions(TypedDict, total=False):
 
 
 class SamplerOptions(DenoisingOptions, total=False):
-    """Those of both modes: of GenerationConfig, and of :class:`~mlx_diffgemma.config.CausalConfig`."""
+    """The options of both modes: fields of GenerationConfig and of :class:`~mlx_diffgemma.config.CausalConfig`."""
 
     max_new_tokens: int | None
     temperature: float | None
@@ -35,9 +35,9 @@ class SamplerOptions(DenoisingOptions, total=False):
 
 
 def spelled_out(function: Function) -> Function:
-    """Have ``help`` and editors show each option that a function takes by ``**options: Unpack[...]``, with its type.
+    """Decorator that shows ``help`` and editors every option behind a function's ``**options: Unpack[...]``, with its type.
 
-    None, the default of each, stands for what the checkpoint says.
+    The default of each option is None, which takes the checkpoint's value.
     """
     signature = inspect.signature(function)
     *named, packed = signature.parameters.values()
@@ -51,7 +51,7 @@ def spelled_out(function: Function) -> Function:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> InputError:
-    """The error for an option that does not exist: it names the nearest that does."""
+    """The error for an option that does not exist. It suggests the option with the nearest name."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return InputError(
         f"unknown option {name!r}; " + (f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""From a checkpoint and a prompt to text: the tokenizer, a backend and the sampler put together."""
+"""A loaded model: joins a checkpoint, its tokenizer, a backend and the sampler, and turns prompts into text."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +26,9 @@ class Score:
     """How likely the causal model finds a text.
 
     Attributes:
-        tokens: its ids.
-        logprobs: the natural-log probability of each after all before it, at temperature 1; NaN where nothing is before it.
+        tokens: the ids of the text.
+        logprobs: the natural-log probability of each token given all tokens before it, at temperature 1. NaN for a token with
+            nothing before it.
     """
 
     tokens: list[int]
@@ -35,16 +36,16 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of minus the mean log-probability of the tokens that have one; NaN where none has."""
+        """exp of minus the mean log-probability of the tokens that have one; NaN if no token has one."""
         known = [value for value in self.logprobs if not math.isnan(value)]
         return math.exp(-sum(known) / len(known)) if known else math.nan
 
 
 class DiffusionGemma:
-    """A loaded model. Made by :func:`load`.
+    """A loaded model. :func:`load` makes it.
 
-    What is written inside a text that is there already is in :mod:`mlx_diffgemma.editing`, and conversations are in
-    :mod:`mlx_diffgemma.chat`; both take a model.
+    Functions that edit an existing text are in :mod:`mlx_diffgemma.editing`, and conversations are in :mod:`mlx_diffgemma.chat`.
+    Both take a model.
     """
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
@@ -52,12 +53,12 @@ class DiffusionGemma:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Text to ids and back; loaded when it is first needed."""
+        """The checkpoint's tokenizer. It is loaded on first use."""
         return Tokenizer.from_folder(self.checkpoint.folder, self.checkpoint.generation.eos_token_ids)
 
     @cached_property
     def piece_rule(self) -> PieceRule:
-        """Where the model's texts are cut for the causal pass."""
+        """The rule that cuts the model's texts into pieces for the causal pass."""
         ends = {self.tokenizer.end_of_turn_id, *self.checkpoint.generation.eos_token_ids}
         return PieceRule(self.backend.config.canvas_length, tuple(sorted(ends)), self.tokenizer.reply_starts)
 
@@ -77,7 +78,7 @@ class DiffusionGemma:
         canvas: NDArray[np.int32] | None = None,
         **options: Unpack[SamplerOptions],
     ) -> Generation:
-        """Write a text after ``prompt``. Arguments and errors are those of :meth:`stream`, whose last event this returns."""
+        """Write a text after ``prompt``. Arguments and errors as in :meth:`stream`; returns the last event of that stream."""
         given: dict[str, Any] = {"mode": mode, "system": system, "raw": raw, "markup": markup, "seed": seed, "stop": stop}
         for event in self.stream(prompt, **given, logprobs=logprobs, frozen=frozen, canvas=canvas, **options):
             if isinstance(event, Generation):
@@ -101,30 +102,30 @@ class DiffusionGemma:
         canvas: NDArray[np.int32] | None = None,
         **options: Unpack[SamplerOptions],
     ) -> Iterator[Event]:
-        """Write a text after ``prompt``, and show how.
+        """Write a text after ``prompt``, and yield every step of the work.
 
         Args:
-            prompt: a text or a conversation, which the chat template renders, or token ids, which are taken as they are.
-            mode: ``diffusion``, a canvas at a time, or ``causal``, one token at a time.
+            prompt: a text or a conversation, which the chat template renders, or token ids, which are used unchanged.
+            mode: ``diffusion`` writes a canvas at a time, ``causal`` one token at a time.
             system: a system message to put before the conversation.
-            raw: take a text as it is, without the chat template.
-            markup: read markup such as ``<|turn>`` in the texts as control tokens. By default it is plain text, so that whoever
-                wrote a text cannot end a turn and begin another.
-            seed: 0 to 2^64 - 1; by default a fresh one, which the Generation tells.
-            stop: texts that end the answer before they begin.
-            settled: show text within a block, by this rule; by default when its block is committed.
-            logprobs: tell how likely the causal model finds each token. In diffusion this costs an output head a block, and one
-                more pass in the end.
-            frozen, canvas: as in :class:`~mlx_diffgemma.sampler.Text`. Diffusion only.
-            options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, over those of the checkpoint, or in the causal
-                mode of :class:`~mlx_diffgemma.config.CausalConfig`.
+            raw: use the prompt text unchanged, without the chat template.
+            markup: read markup such as ``<|turn>`` in the texts as control tokens. By default it is plain text, so the author of
+                a text cannot end a turn and begin another.
+            seed: 0 to 2^64 - 1. By default a fresh seed; the Generation has it.
+            stop: the answer ends before the first of these texts.
+            settled: show text within a block, by this rule. By default, text is shown when its block is committed.
+            logprobs: also return how likely the causal model finds each token. In the diffusion mode this costs an output head
+                per block, and one more pass at the end.
+            frozen, canvas: as in :class:`~mlx_diffgemma.sampler.Text`. Diffusion mode only.
+            options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, which replace the checkpoint's values, or in the
+                causal mode fields of :class:`~mlx_diffgemma.config.CausalConfig`.
 
         Yields:
             A Draft after each denoising step and a Block after each canvas, or a Token after each pass; Content as text becomes
-            certain; and at the end the Generation. Whoever stops reading stops the computation; nothing is left to close.
+            certain; and at the end the Generation. When you stop reading, the computation stops; there is nothing to close.
 
         Raises:
-            InputError: at once, before the first event is asked for.
+            InputError: by this call itself, before the first event is requested.
         """
         ids = self.prompt_ids(prompt, raw=raw, system=system, markup=markup)
         writing = Writing(
@@ -152,17 +153,17 @@ class DiffusionGemma:
         raw: bool = False,
         markup: bool = False,
     ) -> Score:
-        """How likely the causal model finds each token of ``text``: exact, in one pass over it.
+        """How likely the causal model finds each token of ``text``. The result is exact and takes one pass over the text.
 
         Args:
-            text: a text, which is tokenized by itself, or token ids. It is taken as it is.
-            prompt: what comes before, read as in :meth:`stream`: with the chat template, ``text`` is the model's answer. By
-                default the beginning-of-sequence token alone.
-            system, markup: as in :meth:`stream`; ``markup`` is that of ``text`` too.
-            raw: take a prompt as it is, without the chat template. Without one, begin with ``text`` itself: its first token then
-                has no probability, and does not count in the perplexity.
+            text: a text or token ids, used unchanged. A text is tokenized separately from the prompt.
+            prompt: what comes before the text, read as in :meth:`stream`. With the chat template, ``text`` is the model's answer.
+                By default the prompt is only the beginning-of-sequence token.
+            system, markup: as in :meth:`stream`. ``markup`` applies to ``text`` too.
+            raw: use the prompt unchanged, without the chat template. If there is no prompt, begin with ``text`` itself. Its first
+                token then has no probability and does not count in the perplexity.
 
-        Raises InputError where the text is empty or, with the prompt, exceeds the model's context.
+        Raises InputError if the text is empty or if, with the prompt, it exceeds the model's context.
         """
         tokens = self._checked_ids(self.tokenizer.encode(text, markup=markup) if isinstance(text, str) else text)
         before: NDArray[np.int32] = np.empty(0, np.int32)
@@ -174,7 +175,7 @@ class DiffusionGemma:
             before = np.array([self.tokenizer.bos_token_id], np.int32)
         total, context = len(before) + len(tokens), self.backend.config.max_position_embeddings
         if total > context:
-            raise InputError(f"the text, with its prompt, has {total} tokens; the model's context is {context}; shorten it")
+            raise InputError(f"the text and its prompt have {total} tokens, but the model's context is {context}; shorten them")
         cache = read(self.backend, before, self.piece_rule).cache if before.size else self.backend.new_cache()
         parts = [self.backend.score([Piece(piece, cache)])[0] for piece in chunks(tokens)]
         return Score(tokens.tolist(), np.concatenate(parts).tolist())
@@ -182,7 +183,7 @@ class DiffusionGemma:
     def prompt_ids(
         self, prompt: Prompt, *, raw: bool = False, system: str | None = None, markup: bool = False
     ) -> NDArray[np.int32]:
-        """Token ids [N] of a prompt, as :meth:`stream` reads it."""
+        """Token ids [N] of a prompt, read as in :meth:`stream`."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty")
@@ -202,7 +203,7 @@ class DiffusionGemma:
 
     def _checked_ids(self, ids: Sequence[Any]) -> NDArray[np.int32]:
         if self.backend.config.image_token_id in ids:
-            raise InputError("the prompt holds an image, and images are not supported yet; leave it out")
+            raise InputError("the prompt has an image, and images are not supported yet; leave it out")
         tokens = np.asarray(ids)
         if not tokens.size:
             raise InputError("the text is empty")
@@ -230,6 +231,6 @@ def load(
     Raises:
         CheckpointError, BackendError, InputError: with one line that says what is wrong and what to do.
     """
-    backend = chosen_backend(backend, dtype)  # said before a download of many gigabytes
+    backend = chosen_backend(backend, dtype)  # raises before a download of many gigabytes
     checkpoint = Checkpoint.open(source, revision)
     return DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))

@@ -1,14 +1,15 @@
-"""Keys and values kept from one request to the next: a prompt that begins as an earlier text did is not encoded again.
+"""The prefix cache: keeps keys and values from one request to the next, so that a common prefix is encoded only once.
 
-A cache is kept where a piece ends, and is found again by what it holds: a hash over the pieces that were encoded. Where a text is
-cut depends on the tokens before the cut alone (:class:`~mlx_diffgemma.prompts.PieceRule`), so a text that begins as another did
-has the same pieces, and what is found is, bit for bit, what encoding afresh would give.
+The prefix cache keeps the KV cache of a text at places where a piece ends. It finds a KV cache by its content: a hash of the
+pieces that were encoded. Each cut depends only on the tokens before it (:class:`~mlx_diffgemma.prompts.PieceRule`), so two texts
+with the same prefix have the same pieces. What is found is, bit for bit, what encoding the text again would give.
 
-Kept are the end of each prompt, where its reply begins (a template may write the reply differently the next time, without its
-thoughts), the end of each reply, and the end of a conversation's first turn, which many may share: instructions and tools.
+These places are kept: the end of each prompt, where the reply begins (the template may render that reply differently in the next
+turn, without its thoughts), the end of each reply, and the end of a conversation's first turn (instructions and tools, which many
+conversations may share).
 
-Of the released model in bfloat16, the five full layers take 20,480 bytes a token (2 heads of 512, keys and values), shared by all
-that is kept of one text; the 25 sliding layers (8 heads of 256, keys and values, 1,023 positions and room for two canvases)
+In bfloat16, the five full layers of the released model take 20,480 bytes per token (2 heads of 512, keys and values), shared by
+all kept places of one text. The 25 sliding layers (8 heads of 256, keys and values, 1,023 positions and room for two canvases)
 take up to 314 MB for each kept place.
 """
 
@@ -30,23 +31,23 @@ from mlx_diffgemma.prompts import PieceRule
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: Bytes of keys and values that are kept, unless another number is asked for.
+#: Default limit of the kept keys and values, in bytes.
 MAX_BYTES = 4 << 30
 
-#: Places that are kept of one text behind the end of its first turn and before the last one.
+#: How many places of one text are kept between the end of its first turn and its newest place.
 PLACES = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A text that has been read.
+    """A text that has been encoded.
 
     Attributes:
         tokens: int32 [N].
-        cache: holds all of them.
-        cuts: where the pieces end in which they were encoded.
-        cached_tokens: how many of the tokens a kept cache held.
-        encode_seconds: wall time of encoding the others.
+        cache: holds all the tokens.
+        cuts: where the pieces end in which the tokens were encoded.
+        cached_tokens: how many of the tokens were found in the prefix cache.
+        encode_seconds: wall time of encoding the other tokens.
     """
 
     tokens: NDArray[np.int32]
@@ -56,23 +57,23 @@ class Context:
     encode_seconds: float = 0.0
 
     def fork(self) -> Context:
-        """The same again, to be written on from separately."""
+        """A copy from which another text can continue independently."""
         return replace(self, cache=self.cache.fork())
 
 
 @dataclass(eq=False)
 class _Kept:
     cache: Cache
-    buffers: dict[int, int] = field(default_factory=dict)  # bytes of each, by its identity
+    buffers: dict[int, int] = field(default_factory=dict)  # bytes of each buffer, by its identity
 
 
 class PrefixCache:
-    """Caches of earlier texts, the least recently used of which are dropped.
+    """The KV caches of earlier texts. The least recently used are dropped first.
 
-    Not for several threads at once.
+    Not safe for several threads at once.
 
     Args:
-        max_bytes: of all keys and values that are kept. What several places share counts once.
+        max_bytes: limit of all kept keys and values, in bytes. What several places share counts once.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -80,7 +81,7 @@ class PrefixCache:
         self.nbytes = 0
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # the most recently used last
         self._sizes: dict[int, int] = {}  # bytes of each buffer
-        self._users: dict[int, int] = {}  # kept places that share it
+        self._users: dict[int, int] = {}  # how many kept places share each buffer
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -91,10 +92,10 @@ class PrefixCache:
             self._drop(next(iter(self._kept)))
 
     def take(self, hashes: Sequence[bytes]) -> tuple[int, Cache] | None:
-        """A cache of as many pieces as can be had, from the first on, and how many; None where it is none.
+        """Find the longest kept prefix of a text: how many pieces it has, and a cache of them. None if there is no kept prefix.
 
         Args:
-            hashes: of a text's pieces, as :func:`hashes` gives them.
+            hashes: the hashes of the text's pieces, from :func:`hashes`.
         """
         held = [index for index, each in enumerate(hashes) if each in self._kept]
         for index in held:
@@ -102,7 +103,7 @@ class PrefixCache:
         return (held[-1] + 1, self._kept[hashes[held[-1]]].cache.fork()) if held else None
 
     def keep(self, hashes: Sequence[bytes], cache: Cache, *, instead: bytes | None = None) -> None:
-        """Keep a fork of ``cache``, which holds the pieces of ``hashes`` and nothing else; drop ``instead``, an earlier place."""
+        """Keep a fork of ``cache``, which holds exactly the pieces of ``hashes``. Drops ``instead``, an earlier place."""
         last = hashes[-1]
         buffers = cache.buffers()
         self._count(buffers)
@@ -110,7 +111,7 @@ class PrefixCache:
             self._fit()
             return
         if last in self._kept:
-            self._drop(last)  # the new one may share more of what is kept
+            self._drop(last)  # the new cache may share more buffers with other places
         held = [each for each in hashes[:-1] if each in self._kept]
         for each in {*held[1:-PLACES], *(each for each in held if each == instead)}:
             self._drop(each)
@@ -124,7 +125,7 @@ class PrefixCache:
         self._fit()
 
     def recount(self, cache: Cache) -> None:
-        """Count again what a cache shares with kept places: its buffers may have grown while it was written on."""
+        """Update the sizes of the buffers that ``cache`` shares with kept places. They may have grown as the text went on."""
         self._count(cache.buffers())
         self._fit()
 
@@ -147,7 +148,7 @@ class PrefixCache:
 
 
 def hashes(tokens: NDArray[np.int32], cuts: Sequence[int]) -> list[bytes]:
-    """For each piece of tokens [N], by where they end, a hash of it and of all before it."""
+    """For each piece of tokens [N], a hash of it and of all pieces before it. ``cuts`` says where the pieces end."""
     chain, found = b"", []
     for start, end in pairwise([0, *cuts]):
         chain = blake2b(chain + tokens[start:end].tobytes(), digest_size=16).digest()
@@ -156,7 +157,7 @@ def hashes(tokens: NDArray[np.int32], cuts: Sequence[int]) -> list[bytes]:
 
 
 def read(backend: Backend, tokens: NDArray[np.int32], rule: PieceRule, kept: PrefixCache | None = None) -> Context:
-    """Encode what of a prompt [N] no kept cache holds; and keep its places."""
+    """Encode the part of a prompt [N] that is not in the prefix cache, and keep the prompt's places."""
     cuts = rule.boundaries(tokens)
     if kept is None:
         kept = PrefixCache(0)
@@ -165,15 +166,15 @@ def read(backend: Backend, tokens: NDArray[np.int32], rule: PieceRule, kept: Pre
 
 
 def settle(backend: Backend, context: Context, written: Sequence[int], rule: PieceRule, kept: PrefixCache, *, step: int) -> None:
-    """Keep what has been written behind a context, for texts that go on from there; encodes what is left of its pieces.
+    """Keep the text that was written after a context, for later texts that continue it. Encodes the pieces that are missing.
 
-    Canvases that were committed as a later text will be cut are not encoded again. What was written otherwise is: one token at a
-    time, or in shorter canvases. Where there is no room to keep it, nothing is encoded.
+    Canvases that were committed at the same cuts that a later text will have are not encoded again. A reply that was written one
+    token at a time, or in shorter canvases, is encoded again. If there is no room to keep the text, nothing is encoded.
 
     Args:
-        context: its cache has gone on with the reply, or some of it.
+        context: the prompt. Its cache also holds the reply, or a part of it.
         written: the reply's tokens, up to its end.
-        step: how many of them were committed at a time.
+        step: how many tokens were committed at a time.
     """
     tokens = np.append(context.tokens, np.array(written, np.int32))
     cuts = [cut for cut in rule.boundaries(tokens) if cut < len(tokens) or rule.is_boundary(tokens)]
@@ -198,7 +199,7 @@ def _read_on(
     places: set[int],
     instead: bytes | None = None,
 ) -> Context:
-    """Encode the pieces that no kept cache holds, and keep what ends at ``places``."""
+    """Encode the pieces that are not in the prefix cache, and keep the cache at ``places``."""
     chain = hashes(tokens, cuts)
     found, cache = kept.take(chain) or (0, backend.new_cache())
     cached, started = len(cache), time.perf_counter()
@@ -210,6 +211,6 @@ def _read_on(
 
 
 def _first_turn(tokens: NDArray[np.int32], rule: PieceRule) -> list[int]:
-    """The end of the first turn, where there is another one."""
+    """The end of the first turn, if a second turn ends too."""
     ends = np.flatnonzero(np.isin(tokens, rule.ends))[:2] + 1
     return [int(ends[0])] if len(ends) == 2 else []

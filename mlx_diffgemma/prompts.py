@@ -1,8 +1,8 @@
-"""What a prompt may be, and how its tokens are cut into the pieces that the causal pass reads.
+"""Prompts: the forms that they can have, and how their tokens are cut into pieces for the causal pass.
 
-How a text is cut decides how its keys and values are rounded. A text must therefore always be cut in the same places, whatever is
-in a cache: each boundary depends on the tokens before it alone, so that all continuations of a text share it. A cache that ends
-at a boundary then holds, bit for bit, what encoding the text afresh would give.
+The cuts of a text decide how its keys and values are rounded. A text must therefore always be cut in the same places, whatever a
+cache holds. Each boundary depends only on the tokens before it, so all continuations of a text share it. A cache that ends at a
+boundary then holds, bit for bit, what encoding the text again would give.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from mlx_diffgemma.errors import InputError
 #: A text, a conversation of {"role": ..., "content": ...} messages, or token ids.
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
-#: Gemma 4's markup. Each begins with "<", ends with ">" and has neither in between, so that no two overlap.
+#: Gemma 4's markup. Each marker begins with "<", ends with ">" and has neither in between, so no two markers overlap.
 CHANNEL, CHANNEL_END, CALL, CALL_END, QUOTE = "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'
 TURN, TURN_END, RESPONSE, RESPONSE_END = "<|turn>", "<turn|>", "<|tool_response>", "<tool_response|>"
 MARKERS = (
@@ -28,14 +28,14 @@ MARKERS = (
 
 _MEDIA = {"image": "images are", "video": "video is", "audio": "audio is"}
 
-#: Tokens that the causal pass reads at once, where nothing else cuts the text. On a CPU, pieces of 512, 1,024 and 2,048 read a
-#: prompt of 4,096 at the same speed within 5%, and pieces of 256 are 10% slower. The smaller they are, the more of a changed
-#: prompt is found in a cache.
+#: Tokens that the causal pass reads at once, if nothing else cuts the text. On a CPU, pieces of 512, 1,024 and 2,048 encode a
+#: prompt of 4,096 at the same speed within 5%, and pieces of 256 are 10% slower. With smaller pieces, more of a changed prompt
+#: is found in a cache.
 CHUNK = 1024
 
 
 def chunks(ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-    """The pieces of ids [N] of which nothing else is known: CHUNK tokens each, and what is left."""
+    """Cut ids [N] without a rule: into pieces of CHUNK tokens, the last one shorter."""
     return [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
 
 
@@ -43,13 +43,13 @@ def chunks(ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
 class PieceRule:
     """Where the texts of one model are cut.
 
-    A reply is generated and committed canvas by canvas from the end of its prompt. Behind each place where a reply begins, a text
-    is therefore cut every ``canvas_length`` tokens, up to the reply's end; elsewhere, every :data:`CHUNK`.
+    A reply is generated and committed canvas by canvas, from the end of its prompt. Where a reply begins, the text is therefore
+    cut every ``canvas_length`` tokens, up to the reply's end. Everywhere else it is cut every :data:`CHUNK` tokens.
 
     Attributes:
-        canvas_length: tokens.
-        ends: ids of tokens that end a turn or a reply: each ends a piece.
-        starts: token ids that end a prompt, as the chat template writes it: behind them a reply begins, and a piece.
+        canvas_length: tokens per canvas.
+        ends: ids of tokens that end a turn or a reply. Each of them ends a piece.
+        starts: sequences of token ids with which the chat template ends a prompt. A reply begins after them, and so does a piece.
     """
 
     canvas_length: int
@@ -57,20 +57,20 @@ class PieceRule:
     starts: tuple[tuple[int, ...], ...] = ()
 
     def boundaries(self, ids: NDArray[np.int32]) -> list[int]:
-        """How many of the ids [N] are before the end of each piece; the last one ends with the text, wherever that is."""
+        """Where each piece of ids [N] ends, counted in tokens. The last one ends with the text, even if that is no boundary."""
         cuts = list(self._cuts(ids))
         return cuts if cuts and cuts[-1] == len(ids) else [*cuts, *([len(ids)] if len(ids) else [])]
 
     def is_boundary(self, ids: NDArray[np.int32]) -> bool:
-        """Whether ids [N] end where every text that begins with them has a boundary."""
+        """Whether ids [N] end at a boundary, which every text that begins with them then has."""
         return bool(len(ids)) and [0, *self._cuts(ids)][-1] == len(ids)
 
     def is_start(self, ids: NDArray[np.int32]) -> bool:
-        """Whether a reply begins behind ids [N]."""
+        """Whether a reply begins after ids [N]."""
         return any(len(ids) >= len(start) and ids[-len(start) :].tolist() == list(start) for start in self.starts)
 
     def _cuts(self, ids: NDArray[np.int32]) -> Iterator[int]:
-        """The boundaries that every text which begins with ids [N] has within them."""
+        """The boundaries within ids [N] that every text with this prefix has."""
         replies = dict.fromkeys((np.flatnonzero(np.isin(ids, self.ends)) + 1).tolist(), False)
         for start in self.starts:
             replies |= dict.fromkeys(_behind(ids, start), True)
@@ -83,7 +83,7 @@ class PieceRule:
 
 
 def _behind(ids: NDArray[np.int32], pattern: tuple[int, ...]) -> list[int]:
-    """The places in ids [N] behind each occurrence of a pattern."""
+    """The places in ids [N] after each occurrence of a pattern."""
     if not 0 < len(pattern) <= len(ids):
         return []
     windows = np.lib.stride_tricks.sliding_window_view(ids, len(pattern))
@@ -92,7 +92,7 @@ def _behind(ids: NDArray[np.int32], pattern: tuple[int, ...]) -> list[int]:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InputError unless messages are of the form that :data:`Prompt` says, and of text alone."""
+    """Raise InputError unless the messages have the form of :data:`Prompt` and contain only text."""
     if not is_list(messages) or not messages:
         raise InputError("messages must be a non-empty list of mappings with role and content")
     for index, message in enumerate(messages):
@@ -113,15 +113,17 @@ def _check_part(part: Any, where: str) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str):
         raise InputError(
-            f'{where}: a part of the content must be a mapping with a type, such as {{"type": "text", "text": "Hi"}}'
+            f'{where}: each part of the content must be a mapping with a type, such as {{"type": "text", "text": "Hi"}}'
         )
     for medium, media_are in _MEDIA.items():
-        if medium in kind:  # image_url and input_audio are other names in use
-            raise InputError(f"{where}: {media_are} not supported yet; text only")
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise InputError(f"{where}: a part of type {kind!r} must be of type text, with a string as its text")
+        if medium in kind:  # other names in use are image_url and input_audio
+            raise InputError(f"{where}: {media_are} not supported yet; send text only")
+    if kind != "text":
+        raise InputError(f"{where}: each part of the content must have the type text, got {kind!r}")
+    if not isinstance(part.get("text"), str):
+        raise InputError(f"{where}: each part of the content must have a string as its text, got {part.get('text')!r}")
 
 
 def is_list(value: object) -> bool:
-    """Whether a value stands for a list in JSON."""
+    """Whether a value is a list in JSON."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -1,16 +1,17 @@
-"""Block-autoregressive diffusion: the sampler, one implementation for every backend.
+"""The sampler: block-autoregressive diffusion, with one implementation for every backend.
 
-A text is written a canvas (block) at a time. The canvas starts as random tokens. In each denoising step the backend answers,
-for every position at once, the most likely token, a sampled token, and how sure it is (the entropy). The positions it is
-surest of are accepted and take the sampled token, all others get fresh random tokens, and the next step looks at the result;
-nothing stays accepted. When the most likely tokens have stopped changing and the mean entropy is low, they are the block.
+The sampler writes a text one canvas (block) at a time. A canvas starts as random tokens. In each denoising step, the backend
+returns for every position the most likely token, a sampled token, and the entropy, which says how unsure the model is. The
+sampler accepts the positions with the lowest entropy. They take the sampled token, and all others get fresh random tokens. The
+next step starts from this canvas and decides again for every position, so no position stays accepted. When the most likely tokens
+have stopped changing and the mean entropy is low, these tokens are the block.
 
-The acceptance rule is the entropy-bounded sampler of https://arxiv.org/abs/2505.24857: in order of rising entropy, as many
-positions as keep the sum of the entropies before them within ``entropy_bound``, an upper bound on their joint mutual
-information.
+The acceptance rule is the entropy-bounded sampler of https://arxiv.org/abs/2505.24857. In order of rising entropy, a position is
+accepted while the entropies before it sum to at most ``entropy_bound``. This sum is an upper bound on the joint mutual
+information of the accepted positions.
 
-A step is :func:`decide`, a pure function from one :class:`Canvas` and the backend's answer to the next. :func:`diffuse` does the
-rest: it encodes, asks the backend and commits, for one text or for several side by side.
+:func:`decide` is one step: a pure function from a :class:`Canvas` and the backend's result to the next Canvas. :func:`diffuse`
+does the rest: it encodes, calls the backend and commits, for one text or for several side by side.
 """
 
 import time
@@ -36,15 +37,17 @@ class Text:
     """One text to write.
 
     Attributes:
-        prompt: int32 [N], what comes before it and is not in the cache yet; empty where the cache holds it all.
-        seed: 0 to 2^64 - 1. Same seed, same tokens, beside any other texts and on any backend.
-        cache: holds what comes before ``prompt``; filled in place. By default a new one.
-        frozen: int32 [P], the template of the text from its first token on: a token id where it is given, -1 where the model may
-            write. Given positions hold their token in every canvas, are always accepted, and count neither in the bound nor
-            in the mean that stops a block. An end token that the model writes before one still ends the text.
-        canvas: int32 [P], a draft of the text from its first token on: what its canvases begin with instead of random tokens;
-            -1 where they are random all the same.
-        logprobs: score each block as it is committed, at the cost of an output head; for the last one that pass is an extra.
+        prompt: int32 [N], the tokens before the text that are not in the cache yet. Empty if the cache holds all of them.
+        seed: 0 to 2^64 - 1. The same seed gives the same tokens, beside any other texts and on any backend.
+        cache: holds the tokens before ``prompt``, and is filled in place. By default a new cache.
+        frozen: int32 [P], a template of the text, from its first token on: a token id where the token is given, -1 where the
+            model may write. Given positions keep their token in every canvas and are always accepted. They do not count in the
+            entropy bound or in the mean entropy that stops a block. An end token that the model writes before them still ends the
+            text.
+        canvas: int32 [P], a draft of the text, from its first token on. The canvases begin with its tokens instead of random
+            ones; -1 begins with a random token.
+        logprobs: score each block when it is committed. This costs an output head per block, and one extra pass for the last
+            block.
     """
 
     prompt: NDArray[np.int32]
@@ -61,10 +64,10 @@ class Draft:
 
     Attributes:
         block: index of the canvas, from 0.
-        step: denoising steps done in this block, from 1.
-        temperature: that of this step.
-        canvas: int32 [L], what the step was given.
-        argmax: int32 [L], the most likely tokens: what would be committed if this were the last step.
+        step: number of the step in this block, from 1.
+        temperature: the temperature of this step.
+        canvas: int32 [L], the input of the step.
+        argmax: int32 [L], the most likely tokens. They would be committed if this were the last step.
         entropy: float32 [L], nats.
         accepted: bool [L], which positions took their sampled token.
         done: whether the canvas needs no further step.
@@ -87,13 +90,13 @@ class Block:
     """A finished canvas.
 
     Attributes:
-        index: from 0.
+        index: index of the block, from 0.
         tokens: int32 [L], with padding after the first end token.
-        steps: denoising steps.
+        steps: denoising steps that the block took.
         ended: whether the text has ended.
-        encode_seconds, denoise_seconds: wall time spent in either.
-        logprobs: float32, the natural-log probability of each token after all before it under the causal model, at temperature 1:
-            of all tokens, or of those up to the text's end. None where not asked for.
+        encode_seconds, denoise_seconds: wall time of encoding and of denoising.
+        logprobs: float32, the natural-log probability of each token given all tokens before it, under the causal model at
+            temperature 1, for the tokens up to the text's end. None when not requested.
     """
 
     index: int
@@ -107,7 +110,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same in every step of every canvas: how to sample, canvases of ``length`` tokens, the vocabulary's size."""
+    """The settings that all steps of all canvases share: the sampler's options, the tokens per canvas, the vocabulary's size."""
 
     config: GenerationConfig
     length: int
@@ -119,14 +122,14 @@ class Canvas:
     """One canvas between two denoising steps.
 
     Attributes:
-        seed, block: of its text.
-        tokens: int32 [L], what the next step is given.
-        template: int32 [L], -1 where the model may write; None where it may everywhere.
+        seed, block: the seed of its text, and its index in the text.
+        tokens: int32 [L], the input of the next step.
+        template: int32 [L], -1 where the model may write. None if it may write everywhere.
         step: denoising steps done.
-        argmax, entropy, accepted: [L], of the last step.
+        argmax, entropy, accepted: [L], from the last step.
         history: the argmax of each of the last ``stability_threshold`` steps.
-        self_conditioning: of the last step, opaque.
-        done: whether it needs no further step.
+        self_conditioning: from the last step, opaque.
+        done: whether the canvas needs no further step.
     """
 
     seed: int
@@ -143,14 +146,14 @@ class Canvas:
 
     @classmethod
     def begin(cls, text: Text, block: int, rules: Rules) -> "Canvas":
-        """The canvas of a text's block before its first step."""
+        """The canvas of a text's block, before its first step."""
         tokens = noise.canvas_tokens(text.seed, block, 0, rules.length, rules.vocab_size)
         template = _part(text.frozen, block, rules.length)
         tokens = _pin(_pin(tokens, _part(text.canvas, block, rules.length)), template)
         return cls(text.seed, block, tokens, template)
 
     def row(self, cache: Cache, rules: Rules) -> Row:
-        """What the next step asks of the backend."""
+        """The backend's input for the next step."""
         return Row(
             canvas=self.tokens,
             cache=cache,
@@ -162,11 +165,11 @@ class Canvas:
 
 
 def decide(canvas: Canvas, answer: Denoised, rules: Rules) -> Canvas:
-    """The canvas after the step in which the backend gave ``answer``.
+    """The canvas after a step in which the backend returned ``answer``.
 
-    Accepted positions take their sampled token, all others fresh noise. The canvas is done when the argmax equals that of each
-    of the last ``stability_threshold`` steps and the mean entropy over free positions is below ``confidence_threshold``; or when
-    the steps are used up.
+    Accepted positions take their sampled token, and all others take fresh noise. The canvas is done when its argmax equals the
+    argmax of each of the last ``stability_threshold`` steps and the mean entropy of the free positions is below
+    ``confidence_threshold``, or when it has taken ``max_denoising_steps`` steps.
     """
     config, step = rules.config, canvas.step + 1
     free = np.ones(len(canvas.tokens), bool) if canvas.template is None else canvas.template == FREE
@@ -174,7 +177,7 @@ def decide(canvas: Canvas, answer: Denoised, rules: Rules) -> Canvas:
     fresh = noise.canvas_tokens(canvas.seed, canvas.block, step, rules.length, rules.vocab_size)
     threshold = config.stability_threshold
     stable = len(canvas.history) >= threshold and all(np.array_equal(answer.argmax, past) for past in canvas.history)
-    # In double precision; where no position is free, there is nothing to be unsure of.
+    # The sum is in double precision. If no position is free, nothing is left to decide.
     confident = not free.any() or answer.entropy[free].sum(dtype=np.float64) < config.confidence_threshold * free.sum()
     return replace(
         canvas,
@@ -190,9 +193,12 @@ def decide(canvas: Canvas, answer: Denoised, rules: Rules) -> Canvas:
 
 
 def accept(entropy: NDArray[np.float32], free: NDArray[np.bool_], bound: float) -> NDArray[np.bool_]:
-    """Which positions [L] are accepted: frozen ones, and of the ``free`` ones, in order of rising entropy, those
-    before which the entropies sum to at most ``bound`` nats; so always at least one."""
-    ranked = np.where(free, entropy.astype(np.float64), 0.0)  # frozen ones come first and add nothing
+    """Which positions [L] are accepted: all frozen ones, and the ``free`` ones that the entropy bound allows.
+
+    In order of rising entropy, a free position is accepted while the entropies before it sum to at most ``bound`` nats. At least
+    one is always accepted.
+    """
+    ranked = np.where(free, entropy.astype(np.float64), 0.0)  # frozen positions come first and add nothing to the sum
     order = np.argsort(ranked, kind="stable")
     rising = ranked[order]
     accepted = np.empty(entropy.shape, bool)
@@ -201,15 +207,15 @@ def accept(entropy: NDArray[np.float32], free: NDArray[np.bool_], bound: float) 
 
 
 def temperature_of(step: int, config: GenerationConfig) -> float:
-    """Temperature of denoising step ``step``, from 1: it falls linearly from ``t_max`` towards ``t_min``."""
+    """The temperature of denoising step ``step`` (from 1). It falls linearly from ``t_max`` towards ``t_min``."""
     return config.temperature(config.max_denoising_steps + 1 - step)
 
 
 def block_diffusion(backend: Backend, text: Text, config: GenerationConfig) -> Iterator[Draft | Block]:
     """Write up to ``config.max_new_tokens`` tokens of one text, in whole canvases.
 
-    What follows may be written from the same cache, here again or one token at a time by :func:`~mlx_diffgemma.causal.causal`:
-    the last block is not in it yet (but with ``logprobs`` it is, up to the text's end), and is the prompt of what follows.
+    To continue the text, use the same cache, here or in :func:`~mlx_diffgemma.causal.causal`. The last block is not in the cache
+    yet: pass it as the prompt. With ``logprobs`` it is in the cache, up to the text's end.
 
     Yields:
         A :class:`Draft` after each denoising step, and a :class:`Block` after each canvas.
@@ -223,15 +229,15 @@ def block_diffusion(backend: Backend, text: Text, config: GenerationConfig) -> I
 def diffuse(
     backend: Backend, texts: Sequence[Text], config: GenerationConfig, *, batch: str = "exact", max_batch: int = MAX_BATCH
 ) -> Iterator[tuple[int, Draft | Block]]:
-    """Write several texts side by side, their rows in common passes; each as :func:`block_diffusion` writes it alone.
+    """Write several texts side by side. Their rows can share passes; each text comes out as from :func:`block_diffusion`.
 
-    Texts know nothing of each other, and need not be of one length. One that has ended takes part no more.
+    The texts are independent and may have different lengths. A text that has ended takes no part in later passes.
 
     Args:
         batch, max_batch: see :func:`~mlx_diffgemma.backends.rows_in_pass`.
 
     Yields:
-        The index of a text, and its event.
+        The index of a text and its event.
 
     Raises:
         InputError: before anything is computed.
@@ -250,13 +256,13 @@ class _Writing:
     def __init__(self, backend: Backend, text: Text, rules: Rules) -> None:
         self.text, self.rules, self.backend = text, rules, backend
         self.cache = backend.new_cache() if text.cache is None else text.cache
-        self.pending = chunks(text.prompt)  # what is to be encoded before the next canvas
+        self.pending = chunks(text.prompt)  # the pieces to encode before the next canvas
         self.blocks = ceil(rules.config.max_new_tokens / rules.length)
         self.canvas = Canvas.begin(text, 0, rules)
-        self.encode_seconds = self.denoise_seconds = 0.0  # of this block
+        self.encode_seconds = self.denoise_seconds = 0.0  # for this block
 
     def stepped(self, answer: Denoised, temperature: float, seconds: float) -> Iterator[Draft | Block]:
-        """Take in a step's answer, and commit the canvas where it is done."""
+        """Take the result of a step, and commit the canvas if it is done."""
         started, seen = time.perf_counter(), self.canvas.tokens
         self.canvas = canvas = decide(self.canvas, answer, self.rules)
         seconds += time.perf_counter() - started
@@ -302,12 +308,12 @@ def _diffuse(backend: Backend, writing: Sequence[_Writing], size: int) -> Iterat
             for (index, each), row, answer in zip(group, rows, answers, strict=True):
                 for event in each.stepped(answer, row.temperature, seconds):
                     yield index, event
-        # A canvas that is done and was not replaced by the next one was its text's last.
+        # A finished canvas that was not replaced by a new one was the last canvas of its text.
         active = [(index, each) for index, each in active if not each.canvas.done]
 
 
 def commit(argmax: NDArray[np.int32], config: GenerationConfig) -> tuple[NDArray[np.int32], int]:
-    """The canvas as it is kept, padded behind its first end token; and how many tokens there are up to and with that."""
+    """The tokens that are committed, padded after the first end token, and how many there are up to and including that token."""
     ends = np.flatnonzero(np.isin(argmax, config.eos_token_ids))
     if not ends.size:
         return argmax, len(argmax)
@@ -318,7 +324,7 @@ def commit(argmax: NDArray[np.int32], config: GenerationConfig) -> tuple[NDArray
 
 
 def _part(whole: NDArray[np.int32] | None, block: int, length: int) -> NDArray[np.int32] | None:
-    """The part [L] of a template that falls into one canvas, or None where it says nothing there."""
+    """The part [L] of a template that lies in one canvas, or None if it has no tokens there."""
     if whole is None:
         return None
     part = whole[block * length : (block + 1) * length]
@@ -332,13 +338,13 @@ def _pin(canvas: NDArray[np.int32], template: NDArray[np.int32] | None) -> NDArr
 
 
 def check_seed(seed: int) -> None:
-    """Raise InputError unless it is an integer from 0 to 2^64 - 1."""
+    """Raise InputError unless ``seed`` is an integer from 0 to 2^64 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InputError(f"a seed must be an integer between 0 and 2^64 - 1, got {seed!r}")
 
 
 def check_prompt(model: ModelConfig, text: Text) -> int:
-    """How many tokens come before the text; raises InputError unless there are any, in the vocabulary, and the seed is one."""
+    """How many tokens come before the text. Raises InputError if there are none, or if a token id or the seed is wrong."""
     cached = 0 if text.cache is None else len(text.cache)
     if not cached or text.prompt.ndim != 1 or text.prompt.size:
         check_tokens(text.prompt, model)
@@ -347,19 +353,21 @@ def check_prompt(model: ModelConfig, text: Text) -> int:
 
 
 def check_lengths(model: ModelConfig, config: GenerationConfig, before: int) -> None:
-    """Raise InputError unless canvases of the new tokens fit the model after ``before`` tokens."""
+    """Raise InputError unless the canvases of the new tokens fit into the model's context after ``before`` tokens."""
     length = config.canvas_length or model.canvas_length
     if length > model.canvas_length:
-        raise InputError(f"canvas_length {length} is larger than the model's {model.canvas_length}; use that or less")
+        raise InputError(
+            f"canvas_length {length} is larger than the model's {model.canvas_length}; use {model.canvas_length} or less"
+        )
     if before + ceil(config.max_new_tokens / length) * length > model.max_position_embeddings:
         raise InputError(
-            f"{before} prompt tokens and {config.max_new_tokens} new ones, in canvases of {length}, exceed the model's context "
-            f"of {model.max_position_embeddings} tokens; shorten either"
+            f"{before} prompt tokens and {config.max_new_tokens} new tokens, in canvases of {length}, exceed the model's context "
+            f"of {model.max_position_embeddings} tokens; use a shorter prompt or fewer new tokens"
         )
 
 
 def check_text(model: ModelConfig, text: Text, config: GenerationConfig) -> None:
-    """Raise InputError unless the text can be written by the model."""
+    """Raise InputError if the model cannot write the text."""
     check_lengths(model, config, check_prompt(model, text))
     length = config.canvas_length or model.canvas_length
     room = ceil(config.max_new_tokens / length) * length
@@ -368,8 +376,8 @@ def check_text(model: ModelConfig, text: Text, config: GenerationConfig) -> None
             continue
         if template.ndim != 1 or len(template) > room:
             raise InputError(
-                f"{name} must be a list of at most {room} tokens, which {config.max_new_tokens} new ones make in whole canvases, "
+                f"{name} must be a list of at most {room} tokens (max_new_tokens {config.max_new_tokens} in whole canvases), "
                 f"got shape {list(template.shape)}"
             )
         if template.size and (template.min() < FREE or template.max() >= model.vocab_size):
-            raise InputError(f"{name} holds a token id outside the vocabulary of {model.vocab_size} tokens")
+            raise InputError(f"{name} has a token id outside the vocabulary of {model.vocab_size} tokens")

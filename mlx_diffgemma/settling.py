@@ -1,13 +1,13 @@
-"""Which part of a canvas may be shown before its block is done.
+"""Settling: which part of a canvas may be shown before its block is done.
 
-A canvas is committed whole, but its front is often certain long before its end is. The rule: a position is settled when its most
-likely token has been the same, at an entropy below a limit, in each of the last few steps, and so have all positions before it.
-What has once been settled stays so, since it has been shown.
+A canvas is committed as a whole, but its front is often certain long before its end. The rule: a position has settled when its
+most likely token was the same in each of the last few steps, each time at an entropy below a limit, and all positions before it
+have settled too. A settled position stays settled, because its token may already have been shown.
 
-The rule can be wrong: nothing holds a denoising model to a token until its block ends. Whoever shows settled text compares it
-with the block in the end, and counts; where that happens, the rule is too loose for the model. On the model in the box, whose
-cells all depend on each other, the default was wrong for 3 tokens in 2,000 blocks of 40 (benchmarks/settled.py): canvases that
-were sure of a contradiction for 30 steps, and then gave it up.
+The rule can be wrong: the model may still change any token until its block ends. Code that shows settled text compares it with
+the finished block and counts the differences. If there are many, the rule is too loose for the model. On the boxed model, whose
+cells all depend on each other, the default was wrong for 3 tokens in 2,000 blocks of 40 (benchmarks/settled.py), in canvases that
+were sure of a contradiction for 30 steps and then gave it up.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from mlx_diffgemma.errors import InputError
 
 @dataclass(frozen=True)
 class Settled:
-    """When a position is settled.
+    """The rule for when a position has settled.
 
     Attributes:
-        steps: denoising steps in a row, this one included, that must agree on its most likely token; at least 1.
-        entropy: nats; its entropy must have been below this in each of them.
+        steps: how many denoising steps in a row, including the current one, must agree on the most likely token; at least 1.
+        entropy: nats. The position's entropy must be below this in each of these steps.
     """
 
     steps: int = 3
@@ -38,20 +38,20 @@ class Settled:
 
 
 class Front:
-    """The settled front of one canvas row, from step to step.
+    """The settled front of one canvas, updated from step to step.
 
     Attributes:
-        tokens: int32 [N], the settled ones; it only ever grows.
+        tokens: int32 [N], the settled tokens. This array only grows.
     """
 
     def __init__(self, rule: Settled) -> None:
         self.rule = rule
         self.tokens: NDArray[np.int32] = np.empty(0, np.int32)
         self._argmax: NDArray[np.int32] | None = None
-        self._sure: NDArray[np.int64] | None = None  # steps in a row for which a position has been sure of its token
+        self._sure: NDArray[np.int64] | None = None  # for each position, steps in a row that were sure of its token
 
     def update(self, argmax: NDArray[np.int32], entropy: NDArray[np.float32]) -> NDArray[np.int32]:
-        """Take in one step's argmax [L] and entropy [L], and return the tokens that have settled with it."""
+        """Take one step's argmax [L] and entropy [L], and return the tokens that settled in this step."""
         if self._argmax is None or self._sure is None:
             self._argmax, self._sure = argmax, np.zeros(len(argmax), np.int64)
         kept = np.where(argmax == self._argmax, self._sure, 0)

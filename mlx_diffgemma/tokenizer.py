@@ -1,9 +1,9 @@
-"""Text <-> ids, and the chat template.
+"""The tokenizer: turns text into ids and back, and renders the chat template.
 
-Two kinds of files are read: ``tokenizer.json``, and SentencePiece's ``tokenizer.model``; both hold Gemma's BPE, in which a
-space is written ``▁`` and a character that is not in the vocabulary falls back to the bytes of its UTF-8, pieces named
-``<0x00>`` to ``<0xFF>``. transformers reads and encodes both and renders the chat template in its sandbox; it is imported
-when a tokenizer is loaded, and takes half a second then.
+It reads two kinds of files: ``tokenizer.json``, and SentencePiece's ``tokenizer.model``. Both contain Gemma's BPE, which writes a
+space as ``▁``. A character outside the vocabulary becomes its UTF-8 bytes, as pieces named ``<0x00>`` to ``<0xFF>``. transformers
+reads both files, encodes text, and renders the chat template in its sandbox. It is imported when a tokenizer is loaded, which
+takes half a second.
 """
 
 import codecs
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 _REQUIRED = ("pad_token", "eos_token", "bos_token")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-# Conversations that end where a reply begins.
+# Two conversations whose rendered prompts end where a reply begins.
 _USER = ({"role": "user", "content": "Hi"},)
 _CALLED = {"id": "0", "type": "function", "function": {"name": "f", "arguments": {}}}
 _TOOL = (*_USER, {"role": "assistant", "tool_calls": [_CALLED]}, {"role": "tool", "tool_call_id": "0", "content": "Hi"})
-# Parts a special token's characters where a caller's text spells it. A lone surrogate: in no valid text.
+# Put between the characters of a special token that a caller's text spells. A lone surrogate, which no valid text contains.
 _CUT = "\udfff"
 
 
 class Tokenizer:
-    """One checkpoint's tokenizer. Made by :meth:`from_folder`.
+    """The tokenizer of one checkpoint. :meth:`from_folder` makes it.
 
     Attributes:
-        vocab_size: number of ids; each is below it.
-        pad_token_id, eos_token_id, bos_token_id: as the checkpoint names them.
-        end_of_turn_id: what ends a turn of a chat; the end token where the vocabulary has no such marker.
+        vocab_size: number of ids. Every id is below it.
+        pad_token_id, eos_token_id, bos_token_id: the padding, end and beginning tokens that the checkpoint names.
+        end_of_turn_id: the token that ends a turn of a chat, or the end token if the vocabulary has no such marker.
     """
 
     def __init__(self, backend: "PreTrainedTokenizerBase", end_token_ids: Iterable[int] = ()) -> None:
@@ -52,15 +52,16 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, end_token_ids: Iterable[int] = ()) -> Self:
-        """Read ``tokenizer.json`` or else ``tokenizer.model``, with ``tokenizer_config.json`` and the chat template if there.
+        """Read ``tokenizer.json`` or else ``tokenizer.model``, and ``tokenizer_config.json`` and the chat template if they exist.
 
         Args:
-            end_token_ids: what ends a text besides the end token and the turn's end; :meth:`decode` drops these too.
+            end_token_ids: other tokens that end a text, in addition to the end token and the end of a turn. :meth:`decode` drops
+                them too.
 
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        # Where PyTorch is not installed, transformers would otherwise advise on stderr to have it.
+        # Without PyTorch, transformers would print advice to install it on stderr.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
 
@@ -72,10 +73,10 @@ class Tokenizer:
         if name is None:
             raise CheckpointError(f"{folder}: neither tokenizer.json nor tokenizer.model is there; is this a model folder?")
         if (folder / "tokenizer_config.json").exists():
-            read_json(folder / "tokenizer_config.json")  # only to name it where it is damaged
+            read_json(folder / "tokenizer_config.json")  # raises an error that names this file if it is damaged
         try:
             backend = kinds[name].from_pretrained(str(folder), local_files_only=True)
-        # A damaged file raises whatever the reader stumbles over, in the Rust library even a bare Exception.
+        # A damaged file can raise any exception. The Rust library even raises a bare Exception.
         except Exception as broken:
             reason = f"{type(broken).__name__}: {broken}".partition("\n")[0]
             raise CheckpointError(
@@ -84,40 +85,40 @@ class Tokenizer:
         return cls(backend, end_token_ids)
 
     def _required_id(self, name: str) -> int:
-        """Id of the token named ``pad_token`` and so on; Gemma's own ``<pad>`` where the checkpoint names none."""
+        """The id of the token named ``pad_token`` and so on. If the checkpoint names none, Gemma's own, such as ``<pad>``."""
         named = getattr(self._backend, name)
         text = named or f"<{name.removesuffix('_token')}>"
         token = self.token_id(text)
         if token is None:
-            raise CheckpointError(f"the tokenizer has no {text}; is this a DiffusionGemma's?")
+            raise CheckpointError(f"the tokenizer has no {text}; is this the tokenizer of a DiffusionGemma?")
         if not named:
-            self._backend.add_special_tokens({name: text})  # the chat template reads it there, and so does encode
+            self._backend.add_special_tokens({name: text})  # the chat template and encode read it there
         return token
 
     def token_id(self, text: str) -> int | None:
-        """Id of the one token written ``text``, such as ``<|channel>``; None where the vocabulary has none."""
+        """The id of the single token ``text``, such as ``<|channel>``, or None if the vocabulary does not have it."""
         token = self._backend.convert_tokens_to_ids(text)
-        # An unknown text gives the id of <unk>, or None where there is none.
+        # An unknown text gives the id of <unk>, or None if the vocabulary has no <unk>.
         return token if isinstance(token, int) and self._backend.convert_ids_to_tokens(token) == text else None
 
     def encode(self, text: str, *, markup: bool = False) -> list[int]:
-        """Ids of ``text``, with nothing added: the beginning-of-sequence token comes from the chat template.
+        """Ids of ``text``, with nothing added. (The chat template adds the beginning-of-sequence token.)
 
-        Markup such as ``<|turn>`` in the text is plain text, or with ``markup`` read as the special token. Raises InputError
-        for text that is not valid Unicode (lone surrogates, as from a file name).
+        Markup such as ``<|turn>`` in the text is plain text. With ``markup``, it is read as a special token. Raises InputError if
+        the text is not valid Unicode (it has lone surrogates, for example from a file name).
         """
         _check_unicode(text)
         return self._pieces(text if markup else self._cut(text))
 
     def _pieces(self, text: str) -> list[int]:
-        """Ids of the pieces that a text is cut into."""
+        """Ids of a text, whose pieces between the cuts are encoded separately."""
         return [token for piece in text.split(_CUT) for token in self._backend.encode(piece, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
-        """Text for people: without padding, beginning, end and turn markers; tool calls and channels stay as written.
+        """Text for people, without padding, beginning, end and turn markers. Tool calls and channels stay as written.
 
-        Bytes that are no UTF-8 become U+FFFD. With ``final`` false, an incomplete character at the end is held back instead;
-        the text of a growing list of ids then only ever grows at its end, as streaming needs.
+        Bytes that are not UTF-8 become U+FFFD. If ``final`` is false, an incomplete character at the end is held back instead.
+        The text of a growing list of ids then only grows at its end, as streaming needs.
 
         Raises InputError for an id outside the vocabulary.
         """
@@ -125,23 +126,24 @@ class Tokenizer:
         outside = [token for token in kept if not 0 <= token < self.vocab_size]
         if outside:
             raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
-        # The libraries' own decoders garble a whole run of bytes for one that is wrong (tokenizers), or drop control tokens
+        # The libraries' own decoders garble a whole run of bytes if one byte is wrong (tokenizers), or drop control tokens
         # (sentencepiece).
         written = b"".join(_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(kept))
         return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final)
 
     def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
-        """The characters (start, end) of ``text`` that each of its ``ids`` lies in; tokens of one character's bytes share it.
+        """For each of the ``ids`` of ``text``, the characters (start, end) that it lies in.
 
-        Raises InputError where the tokenizer does not read every character as it is.
+        Tokens for the bytes of one character have the same span. Raises InputError if the tokenizer changes characters of the
+        text.
         """
         pieces = [_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(list(ids))]
         written = b"".join(pieces)
         if written != text.replace("▁", " ").encode():
             raise InputError(
-                "the tokenizer does not read this text character by character, so that its tokens have no place in it"
+                "the tokenizer changes characters of this text, so its tokens have no exact places in it; use another text"
             )
-        # A byte 10xxxxxx goes on with the character before it.
+        # A byte of the form 10xxxxxx belongs to the character before it.
         character = list(accumulate(int((byte & 0xC0) != 0x80) for byte in written))
         ends = list(accumulate(map(len, pieces)))
         return [(character[end - len(piece)] - 1, character[end - 1]) for piece, end in zip(pieces, ends, strict=True)]
@@ -154,17 +156,17 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_options: Any,
     ) -> str:
-        """The conversation as the checkpoint's chat template writes it.
+        """Render a conversation with the checkpoint's chat template.
 
         Args:
-            messages: mappings with ``role`` and ``content``. The content is a string, or a list of parts such as
-                ``{"type": "text", "text": "Hi"}``, or None; an assistant's message may do without it (tool calls).
-            add_generation_prompt: end with what has the model answer.
+            messages: mappings with ``role`` and ``content``. The content is a string, a list of parts such as
+                ``{"type": "text", "text": "Hi"}``, or None. An assistant's message may leave it out (tool calls).
+            add_generation_prompt: end with the tokens after which the model's reply begins.
             tools: JSON schemas of the functions that the model may call.
             template_options: variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InputError: the messages are of the wrong form or hold images, video or audio; the template refuses them; or the
+            InputError: the messages have the wrong form or contain images, video or audio; the template refuses them; or the
                 checkpoint has no chat template.
         """
         return self._render(messages, tools, template_options | {"add_generation_prompt": add_generation_prompt}, markup=True)
@@ -178,11 +180,11 @@ class Tokenizer:
         markup: bool = False,
         **template_options: Any,
     ) -> list[int]:
-        """Ids of the conversation; other arguments and errors are those of :meth:`render`.
+        """Ids of a conversation. Other arguments and errors as in :meth:`render`.
 
         Args:
-            markup: read markup that the strings of ``messages`` and ``tools`` spell, such as ``<|turn>``, as special tokens:
-                whoever wrote a string can then end a turn and begin another. By default it is plain text.
+            markup: read markup such as ``<|turn>`` in the strings of ``messages`` and ``tools`` as special tokens. The author of
+                a string can then end a turn and begin another. By default it is plain text.
 
         Raises:
             InputError: a string is not valid Unicode.
@@ -199,12 +201,12 @@ class Tokenizer:
         *,
         markup: bool,
     ) -> str:
-        """As :meth:`render`; without ``markup``, a cut behind the first character of each special token that a string spells."""
+        """As :meth:`render`. Without ``markup``, each special token that a string spells is cut after its first character."""
         from jinja2 import TemplateError
 
         check_messages(messages)
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
-            raise InputError("tools must be a list of JSON schemas, one mapping a function")
+            raise InputError("tools must be a list of JSON schemas, with one mapping per function")
         if not self._backend.chat_template:
             raise InputError("this checkpoint has no chat template; give a raw prompt instead of messages")
         conversation = [dict(message) for message in messages]
@@ -215,7 +217,7 @@ class Tokenizer:
             text = self._backend.apply_chat_template(conversation, tools=schemas, tokenize=False, **options)
         except InputError:
             raise
-        # The last five are what Python raises inside of a template that calculates with values of the wrong form.
+        # A template that computes with values of the wrong form raises one of the last five.
         except (TemplateError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as refused:
             reason = str(refused).partition("\n")[0].replace(_CUT, "")
             raise InputError(f"the chat template refuses this conversation: {reason}") from refused
@@ -223,39 +225,40 @@ class Tokenizer:
 
     @cached_property
     def reply_starts(self) -> tuple[tuple[int, ...], ...]:
-        """Token ids that end a prompt: behind them a reply begins. Read off what the chat template makes of small conversations.
+        """The sequences of token ids that end a prompt, so that a reply begins after them.
 
-        They go from the last turn's opening, or from the end of a tool's answer, to the prompt's end.
+        They are taken from small conversations that the chat template renders. Each sequence goes from the opening of the last
+        turn, or from the end of a tool's result, to the end of the prompt.
         """
         openings = {self.token_id(marker) for marker in (TURN, RESPONSE_END)}
         starts = []
         for messages, thinking in product((_USER, _TOOL), (False, True)):
             try:
                 ids = self.chat(messages, enable_thinking=thinking)
-            except InputError:  # a template that has no tools, or none at all
+            except InputError:  # the template does not support tools, or there is no template
                 continue
             places = [place for place, token in enumerate(ids) if token in openings]
             starts += [tuple(ids[places[-1] :])] if places else []
         return tuple(dict.fromkeys(starts))
 
     def opened_thought(self, ids: Sequence[int]) -> str | None:
-        """The text of a thought that a prompt's ids open and do not close, from its heading on; None where they open none."""
+        """The text, from its heading on, of a thought that a prompt's ids open and do not close. None if no thought is open."""
         channel, markers = self.token_id(CHANNEL), {self.token_id(marker) for marker in MARKERS} - {None}
         last = next((place for place in reversed(range(len(ids))) if ids[place] in markers), None)
         return self.decode(ids[last + 1 :]) if last is not None and ids[last] == channel else None
 
     @cached_property
     def _special_tokens(self) -> tuple[str, ...]:
-        """The texts that encode reads as a special token; each has two characters or more."""
-        # SentencePiece calls only those special that the configuration names.
+        """The texts that encode reads as a special token. Each has two characters or more."""
+        # With SentencePiece, only the tokens that the configuration names are marked as special.
         known = {marker for marker in MARKERS if self.token_id(marker) is not None}
         return tuple(known | {str(token) for token in self._backend.added_tokens_decoder.values() if token.special})
 
     def _cut(self, text: str) -> str:
-        """``text`` with a cut behind the first character of each special token, and of each that its end is the beginning of.
+        """``text`` with a cut after the first character of each special token in it, and of one that may begin at its end.
 
-        The template may write another string behind this one, and leave out white space in between. The libraries' own switch
-        (``split_special_tokens``) has no effect on SentencePiece's user-defined symbols.
+        The end needs a cut because the template may write another string directly after this one, without the white space
+        between. The libraries' own switch (``split_special_tokens``) has no effect on SentencePiece's user-defined symbols.
         """
         _check_unicode(text)
         tokens, end = self._special_tokens, len(text.rstrip())
@@ -270,19 +273,19 @@ class Tokenizer:
 
 
 class Growing:
-    """The text of tokens that come one after the other. Only the last, incomplete character is decoded again.
+    """The text of a growing list of tokens. Only the tokens of the last, incomplete character are decoded again.
 
     Args:
-        decode: :meth:`Tokenizer.decode`, or a function that takes its arguments.
+        decode: :meth:`Tokenizer.decode`, or a function with the same arguments.
     """
 
     def __init__(self, decode: Callable[..., str]) -> None:
         self.decode = decode
-        self._pending: list[int] = []  # since the last complete character
-        self._told = 0  # characters of theirs
+        self._pending: list[int] = []  # the tokens since the last complete character
+        self._told = 0  # how many of their characters were returned
 
     def add(self, tokens: Iterable[int]) -> str:
-        """What the text has grown by; an incomplete character at its end is held back."""
+        """Add tokens, and return the new text. An incomplete character at the end is held back."""
         self._pending += tokens
         text = self.decode(self._pending, final=False)
         new = text[self._told :]
@@ -293,7 +296,7 @@ class Growing:
         return new
 
     def end(self) -> str:
-        """What was held back, as it stands."""
+        """Return the text that was held back, incomplete as it is."""
         new = self.decode(self._pending)[self._told :]
         self._pending, self._told = [], 0
         return new
@@ -307,7 +310,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """``value`` with each string in it changed, the keys of its mappings too."""
+    """``value`` with ``change`` applied to every string in it, including the keys of mappings."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""One text being written, as events: drafts of its canvas, text as it becomes certain, and in the end the whole.
+"""Writing one text, as a stream of events: drafts of its canvas, text as it becomes certain, and the finished text at the end.
 
-What is shown within a block comes from the settled front of its canvas (:mod:`mlx_diffgemma.settling`); what the text is in the
-end comes from the committed blocks.
+Text that is shown within a block comes from the settled front of its canvas (:mod:`mlx_diffgemma.settling`). The finished text
+comes from the committed blocks.
 """
 
 import secrets
@@ -23,7 +23,7 @@ from mlx_diffgemma.sampler import Block, Draft, Text, block_diffusion, check_see
 from mlx_diffgemma.settling import Front, Settled
 from mlx_diffgemma.tokenizer import Growing, Tokenizer
 
-#: Two ways to write with one model: a canvas at a time, or one token at a time.
+#: The two ways to write with one model: a canvas at a time, or one token at a time.
 MODES = ("diffusion", "causal")
 
 
@@ -32,13 +32,13 @@ class Writing:
     """How to write a text.
 
     Attributes:
-        config: how to sample; its type says in which mode.
-        seed: 0 to 2^64 - 1; with the prompt and the other fields, it gives the same tokens again.
-        stop: texts that end the answer before they begin. Thoughts and tool calls are not searched.
-        settled: show text within a block, by this rule; None shows it when its block is committed.
-        logprobs: tell how likely the causal model finds each token. In diffusion this costs an output head a block, and one more
-            pass in the end; text then comes at the end of each block, since they do.
-        frozen, canvas: as in :class:`~mlx_diffgemma.sampler.Text`. Diffusion only.
+        config: how to sample. Its type decides the mode.
+        seed: 0 to 2^64 - 1. With the same prompt and fields, it gives the same tokens again.
+        stop: the answer ends before the first of these texts. Thoughts and tool calls are not searched.
+        settled: show text within a block, by this rule. None shows text when its block is committed.
+        logprobs: also return how likely the causal model finds each token. In the diffusion mode this costs an output head per
+            block, and one more pass at the end. Text then comes at the end of each block, together with its log-probabilities.
+        frozen, canvas: as in :class:`~mlx_diffgemma.sampler.Text`. Diffusion mode only.
     """
 
     config: GenerationConfig | CausalConfig
@@ -55,7 +55,7 @@ class Writing:
             raise InputError("a stop text is empty; leave it out")
 
     def check(self, model: ModelConfig, prompt: NDArray[np.int32]) -> None:
-        """Raise InputError where this cannot be written by ``model`` after a prompt [N]."""
+        """Raise InputError if ``model`` cannot write this text after a prompt [N]."""
         if isinstance(self.config, CausalConfig):
             check_causal(model, self.text(prompt), self.config)
         else:
@@ -66,50 +66,50 @@ class Writing:
         return 1 if isinstance(self.config, CausalConfig) else self.config.canvas_length or model.canvas_length
 
     def text(self, prompt: NDArray[np.int32], cache: Cache | None = None) -> Text:
-        """The text to write behind what is in ``cache`` and a prompt [N]."""
+        """The text to write after the tokens in ``cache`` and a prompt [N]."""
         return Text(prompt, self.seed, cache, self.frozen, self.canvas, self.logprobs)
 
 
 @dataclass(frozen=True)
 class Content:
-    """A stretch of the answer."""
+    """A part of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A stretch of the thinking channel."""
+    """A part of the thinking channel's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of the function ``name``. The arguments are JSON: str, int, finite float, bool, None, list and dict."""
+    """A call of the function ``name``. The arguments have JSON types: str, int, finite float, bool, None, list and dict."""
 
     name: str
     arguments: dict[str, Any]
 
 
-#: What a written text consists of. Stretches of one kind that follow each other are one text.
+#: The parts of a written text. Neighbouring parts of one kind are one text.
 Part = Reasoning | Content | ToolCall
 
 
 class Reader(Protocol):
-    """Tells the parts of a text while it still grows. What they are does not depend on where the text is cut."""
+    """Splits a text into parts while the text still grows. The parts do not depend on how the text arrives."""
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that became certain with ``text``."""
+        """Add ``text``, and return the parts that are now certain."""
         ...
 
     def close(self) -> list[Part]:
-        """What was held back, the text being over."""
+        """End the text, and return the parts that were held back."""
         ...
 
 
 class Plain:
-    """Reads all text as the answer; markup in it is text."""
+    """Reads all text as the answer. Markup in it is plain text."""
 
     def feed(self, text: str) -> list[Part]:
         return [Content(text)] if text else []
@@ -120,13 +120,13 @@ class Plain:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a generation took.
+    """The counts and times of a generation.
 
     Attributes:
         prompt_tokens: tokens before the first canvas.
-        new_tokens: tokens written, the end token included and the padding behind it not.
-        denoising_steps: of each block; none in the causal mode, whose every pass is the encoder's.
-        encode_seconds, denoise_seconds: wall time in either.
+        new_tokens: tokens written, including the end token and without the padding after it.
+        denoising_steps: how many steps each block took. Empty in the causal mode, where every pass is an encoder pass.
+        encode_seconds, denoise_seconds: wall time of encoding and of denoising.
     """
 
     prompt_tokens: int
@@ -137,7 +137,7 @@ class Statistics:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per denoising step: how much a canvas saves over one token at a time, which is 1."""
+        """New tokens per denoising step. One token at a time would be 1, so this is how many passes a canvas saves."""
         return self.new_tokens / sum(self.denoising_steps) if self.denoising_steps else 1.0
 
     @property
@@ -146,7 +146,7 @@ class Statistics:
 
 
 def statistics(prompt_tokens: int, new_tokens: int, written: Sequence[Block | Token], encode_seconds: float = 0.0) -> Statistics:
-    """Of a text that was ``written`` in these, after a prompt that took ``encode_seconds`` beforehand."""
+    """The statistics of a text that was ``written`` in these blocks or tokens. Its prompt took ``encode_seconds`` beforehand."""
     blocks = [each for each in written if isinstance(each, Block)]
     return Statistics(
         prompt_tokens=prompt_tokens,
@@ -162,15 +162,16 @@ class Generation:
     """A finished text.
 
     Attributes:
-        text: the answer, without structural markers, the end token and what follows a stop text.
-        tokens: the new ids, up to and with the end token, or the one that completed a stop text.
-        finish_reason: "stop" (the model ended its text, or a stop text came) or "length" (``max_new_tokens`` reached).
-        seed: with the prompt and the options, it gives the same tokens again.
-        statistics: what it took.
-        logprobs: of each token after all before it, natural, under the causal model at temperature 1; None where not asked for.
-        parts: the text as it was read: plainly, or with thoughts and tool calls told apart.
-        cached_tokens: of the prompt's, those that a kept cache held.
-        unsettled: tokens that had been shown as settled, and that their block then changed.
+        text: the answer, without structural markers, without the end token, and cut before a stop text.
+        tokens: the new ids, up to and including the end token or the token that completed a stop text.
+        finish_reason: "stop" (the model ended its text, or a stop text was found) or "length" (``max_new_tokens`` were written).
+        seed: with the same prompt and options, it gives the same tokens again.
+        statistics: counts and times.
+        logprobs: the natural-log probability of each token given all tokens before it, under the causal model at temperature 1.
+            None when not requested.
+        parts: the parts of the text, as the reader split it: all of it content, or with thoughts and tool calls separate.
+        cached_tokens: how many of the prompt's tokens were found in the prefix cache.
+        unsettled: how many tokens were shown as settled and then changed by their block.
     """
 
     text: str
@@ -184,14 +185,14 @@ class Generation:
     unsettled: int = 0
 
 
-#: What writing yields: what has been computed, what is certain of the text with it, and at the end the Generation.
+#: The events of writing: each computed result, the parts of the text that are then certain, and the Generation at the end.
 Event = Draft | Block | Token | Part | Generation
 
 
 def sampling_config(generation: GenerationConfig, mode: str, options: Mapping[str, Any]) -> GenerationConfig | CausalConfig:
-    """The options of ``mode`` where they are not None, over those of a checkpoint's ``generation``.
+    """The checkpoint's ``generation`` values for ``mode``, replaced by the ``options`` that are not None.
 
-    Raises InputError for an unknown mode or option, one of the other mode, or a bad value.
+    Raises InputError for an unknown mode or option, an option of the other mode, or a bad value.
     """
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; known are {' and '.join(MODES)}")
@@ -206,7 +207,7 @@ def sampling_config(generation: GenerationConfig, mode: str, options: Mapping[st
 
 
 def fresh_seed() -> int:
-    """A seed that nobody chose."""
+    """A random seed."""
     return secrets.randbits(64)
 
 
@@ -219,18 +220,19 @@ def write(
     reader: Callable[[], Reader] = Plain,
     stopping: Callable[[], bool] = bool,
 ) -> Iterator[Event]:
-    """Write on from a prompt that has been read; its cache is used up.
+    """Write a text after a prompt that has been encoded. This changes the context's cache, so fork the context to use it again.
 
     Args:
-        reader: makes what tells the parts of the text; one reads what is shown, another what is committed.
-        stopping: asked after each block or token; true ends the text there, with "length".
+        reader: makes the reader that splits the text into parts. One reader gets the text that is shown, another one the text
+            that is committed.
+        stopping: called after each block or token. If it returns true, the text ends there, with finish reason "length".
 
     Yields:
-        Every Draft and Block or Token, each followed by the parts that it made certain; and the :class:`Generation`. Whoever
-        stops reading stops the computation.
+        Every Draft and Block or Token, each followed by the parts that it made certain, and at the end the :class:`Generation`.
+        When you stop reading, the computation stops.
 
     Raises:
-        InputError: at once, before the first event is asked for.
+        InputError: by this call itself, before the first event is requested.
     """
     text = writing.text(np.empty(0, np.int32), context.cache)
     events: Iterator[Draft | Block] | Iterator[Token]
@@ -249,7 +251,7 @@ class _Write:
     events: Iterator[Draft | Block] | Iterator[Token]
     seed: int
     rule: Settled | None
-    shown: "_Grown"  # what the caller has been told
+    shown: "_Grown"  # the text that the caller has seen
     committed: "_Grown"
     written: list[Block | Token] = field(default_factory=list)
     unsettled: int = 0
@@ -265,7 +267,7 @@ class _Write:
                 continue
             self.written.append(event)
             tokens = event.tokens if isinstance(event, Block) else np.array([event.token], np.int32)
-            told = max(0, len(self.shown.tokens) - len(self.committed.tokens))  # of this block
+            told = max(0, len(self.shown.tokens) - len(self.committed.tokens))  # tokens of this block that were shown
             if front is not None:
                 self.unsettled += int((front.tokens[:told] != tokens[:told]).sum())
                 front = None
@@ -302,11 +304,11 @@ class _Write:
 
 
 class _Grown:
-    """Tokens in, parts out, up to the end of the text.
+    """Turns tokens into parts, up to the end of the text.
 
     Attributes:
-        tokens: those taken in, up to and with the one that ended the text.
-        parts: all that came out.
+        tokens: the tokens so far, up to and including the token that ended the text.
+        parts: all parts so far.
         finish_reason: "stop" or "length" once the text has ended.
     """
 
@@ -318,7 +320,7 @@ class _Grown:
         self._config = writing.config
 
     def add(self, tokens: NDArray[np.int32]) -> list[Part]:
-        """The parts that are certain with these tokens; those behind the end are left."""
+        """Add tokens, and return the parts that are now certain. Tokens after the end of the text are ignored."""
         new: list[Part] = []
         for token in tokens.tolist():
             if self.finish_reason:
@@ -334,7 +336,7 @@ class _Grown:
         return _joined(new)
 
     def close(self) -> list[Part]:
-        """What was held back."""
+        """End the text, and return the parts that were held back."""
         if self._stop.found:
             return []
         rest = self._cut([*self._reader.feed(self._growing.end()), *self._reader.close()])
@@ -344,7 +346,7 @@ class _Grown:
         return _joined(rest)
 
     def _cut(self, parts: list[Part]) -> list[Part]:
-        """The parts up to a stop text in the answer; what may begin one is held back."""
+        """The parts up to a stop text in the answer. Text that may be the beginning of one is held back."""
         new: list[Part] = []
         for part in parts:
             if isinstance(part, Content):
@@ -353,7 +355,7 @@ class _Grown:
                     self.finish_reason = "stop"
                     break
             else:
-                new += [*self._contents(self._stop.rest()), part]  # no stop text goes on behind a thought or a call
+                new += [*self._contents(self._stop.rest()), part]  # no stop text continues across a thought or a call
         return new
 
     @staticmethod
@@ -362,10 +364,10 @@ class _Grown:
 
 
 class _Stop:
-    """Finds the first of some texts in one that grows.
+    """Finds the first stop text in a growing text.
 
     Attributes:
-        found: one has been found; nothing comes out any more.
+        found: whether a stop text has been found. No more text is then returned.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -373,7 +375,7 @@ class _Stop:
         self._texts, self._held = texts, ""
 
     def add(self, text: str) -> str:
-        """What of the text so far may go out now: it is before any of the texts, and begins none."""
+        """Add text, and return what is certainly before any stop text."""
         text = self._held + text
         places = [place for place in map(text.find, self._texts) if place >= 0]
         if places:
@@ -384,13 +386,13 @@ class _Stop:
         return text[: len(text) - held]
 
     def rest(self) -> str:
-        """What was held back, which turned out to begin none."""
+        """Return the text that was held back; no stop text begins in it."""
         text, self._held = self._held, ""
         return text
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """The parts with neighbours of one kind of text put together."""
+    """The parts, with neighbouring texts of one kind joined."""
     joined: list[Part] = []
     for kind, group in groupby(parts, type):
         if kind is ToolCall:

@@ -30,7 +30,7 @@ transformers.utils.logging.disable_progress_bar()
 def backend_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name not in NAMES or not importlib.util.find_spec(name):
-        pytest.fail(f"backend {name!r} was asked for by MLX_DIFFGEMMA_TEST_BACKENDS, and is not there")
+        pytest.fail(f"backend {name!r} is named in MLX_DIFFGEMMA_TEST_BACKENDS, but is not installed")
     return name
 
 

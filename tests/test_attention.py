@@ -1,4 +1,4 @@
-"""Attention in tiles, and on each way there is, against the plain formula in float64."""
+"""Attention in tiles, with every implementation, against the plain formula in float64."""
 
 import importlib
 from typing import Any
@@ -23,7 +23,7 @@ def random(count: int, total: int) -> tuple[NDArray[np.float32], NDArray[np.floa
 
 
 def plain(queries: Any, keys: Any, values: Any, seen: Any) -> NDArray[np.float64]:
-    """Softmax of the scores that ``seen`` [N, S] leaves."""
+    """Softmax over the scores that ``seen`` [N, S] allows."""
     wide = [np.repeat(each.astype(np.float64), HEADS // SHARED, axis=1) for each in (keys, values)]
     scores = np.where(seen, queries.astype(np.float64) @ wide[0].swapaxes(-1, -2), -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -58,7 +58,7 @@ def test_a_canvas_sees_everything(backend_name: str, total: int) -> None:
 )
 def test_a_position_sees_those_before_it(backend_name: str, count: int, total: int, window: int | None) -> None:
     arrays = random(count, total)
-    if window and total > count + window - 1:  # the cache gives what the first query sees, and no more
+    if window and total > count + window - 1:  # the cache returns only the keys from the first that the first query sees
         arrays = (arrays[0], *(each[:, :, total - (count + window - 1) :] for each in arrays[1:]))
         total = count + window - 1
     places, keys = np.arange(total - count, total)[:, None], np.arange(total)[None]
@@ -69,7 +69,7 @@ def test_a_position_sees_those_before_it(backend_name: str, count: int, total: i
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_way_on_cuda_is_the_same(masked: bool) -> None:
-    """PyTorch's attention by groups, which CUDA needs, on the CPU."""
+    """PyTorch's attention by groups, which CUDA needs, tested on the CPU."""
     arrays = random(6, 20)
     seen = np.arange(20)[None] <= np.arange(14, 20)[:, None] if masked else np.ones((6, 20), bool)
     mask = array_of("torch", seen) if masked else None

@@ -1,4 +1,4 @@
-"""The model in the package: it solves puzzles that it has never seen, with the same tokens on both backends."""
+"""The model in the package: it solves puzzles it has never seen, with the same tokens on both backends."""
 
 import importlib
 import sys
@@ -58,7 +58,7 @@ def test_the_same_tokens_on_all_backends() -> None:
 
 
 def test_each_puzzle_has_a_template_of_its_own(backend_name: str) -> None:
-    """Clues frozen, of several puzzles in one pass: each is written as it is alone."""
+    """Several puzzles with frozen clues in one pass: each result is the same as alone."""
     puzzles, solutions = (grids[:6] for grids in held_out())
     checkpoint = Checkpoint.open("sudoku")
     backend = load_backend(checkpoint, backend_name, device="cpu", dtype="float32")
@@ -84,7 +84,7 @@ def test_transformers_writes_the_same() -> None:
 
 
 def test_causal_mode(backend_name: str) -> None:
-    """Writing one token at a time is right just where each token of the solution is the likeliest after those before."""
+    """Causal mode solves a puzzle exactly when each token of the solution is the likeliest after those before it."""
     puzzles, solutions = held_out()
     backend = load_backend(Checkpoint.open("sudoku"), backend_name, device="cpu", dtype="float32")
     found = evaluation.causal(backend, puzzles, solutions)
@@ -101,7 +101,7 @@ def test_self_correction_adds_up() -> None:
     print(found)
     assert found["empty_cells"] == (held_out()[0] == 0).sum()
     assert found["taken_back_and_right"] <= found["taken_back"] <= found["empty_cells"]
-    # A cell that ended right and was once accepted wrong was taken back.
+    # A cell that ends right, but was once accepted wrong, was taken back.
     assert found["taken_back_and_right"] <= found["wrong_when_accepted"]
 
 
@@ -124,7 +124,7 @@ def test_size(name: str) -> None:
 
 
 def test_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name alone is the package's model, wherever it is said; a path is a path."""
+    """The bare name always means the package's model. A path is always a path."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         fetch("./sudoku")

@@ -1,4 +1,4 @@
-"""Buffers of keys and values: against plain lists, under anything that texts do with them."""
+"""Buffers of keys and values against plain lists, under every operation that texts perform."""
 
 import copy
 import importlib
@@ -17,7 +17,7 @@ STEP = 5
 
 @dataclass
 class Plain:
-    """What a layer's cache stands for: a text's keys, in order."""
+    """A plain model of a layer's cache: a text's keys, in order."""
 
     layer: Any
     keys: list[float] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Plain:
 
 
 def keys_of(seen: Any) -> list[float]:
-    """The one key-value head's first number at each position."""
+    """The first number of the only key-value head, at each position."""
     found: list[float] = np.array(seen[0].tolist())[0, 0, :, 0].tolist()
     values = np.array(seen[1].tolist())[0, 0, :, 0].tolist()
     assert values == [-key for key in found], "values of other positions than their keys"
@@ -36,7 +36,7 @@ def keys_of(seen: Any) -> list[float]:
 
 @pytest.mark.parametrize("window", [None, 2, 7, 16])
 def test_forks_that_append_and_hold_canvases_see_their_own(backend_name: str, window: int | None) -> None:
-    """Texts that fork, grow by pieces of any length and hold canvases see what is theirs, in order."""
+    """Texts that fork, grow by pieces of any length and hold canvases see their own keys, in order."""
     cache = importlib.import_module(f"mlx_diffgemma.backends.{backend_name}.cache")
     copied = shared = 0
     for seed in range(30):
@@ -84,7 +84,7 @@ def test_a_fork_shares_its_buffers_until_it_must_copy(backend_name: str) -> None
     assert fork.nbytes == first.nbytes == 2 * 8 * 4 * first.layers[0].buffer.capacity
     for layer in fork.layers:
         layer.extended(some(3), some(3))
-        layer.append(some(3), some(3))  # takes the room behind what both hold
+        layer.append(some(3), some(3))  # takes the room after the shared positions
     assert fork.buffers().keys() == first.buffers().keys()
     for layer in first.layers:
         layer.extended(some(2), some(2))  # the room is taken

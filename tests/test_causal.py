@@ -1,4 +1,4 @@
-"""One token at a time, and scoring: against `transformers`' encoder, its norm and tied head, and against plain definitions."""
+"""Causal mode and scoring, against `transformers`' encoder, its norm and tied head, and against plain definitions."""
 
 import importlib
 import math
@@ -25,7 +25,7 @@ from support.reference import REAL_VOCABULARY, Reference, make_checkpoint
 ATOL = 1e-4
 SHAPES = ("base", "odd_sizes", "window_below_canvas", "six_layers")
 
-#: Where what is new outweighs what was there: a random model of another kind repeats its last token.
+#: Low scalars let later layers outweigh earlier ones. With others, a random model repeats its last token.
 LIVELY = {"layer_scalars": (0.05, 0.1)}
 
 Load = Callable[..., Backend]
@@ -37,7 +37,7 @@ def random_tokens(backend: Backend, length: int, seed: int = 0) -> NDArray[np.in
 
 
 def score(backend: Backend, tokens: NDArray[np.int32], cache: Cache | None = None) -> NDArray[np.float32]:
-    """Of one text."""
+    """The score of one text."""
     [logprobs] = backend.score([Piece(tokens, backend.new_cache() if cache is None else cache)])
     return logprobs
 
@@ -67,7 +67,7 @@ def test_score_is_the_log_softmax_of_the_reference(backend: Load, reference: Ora
 
 
 def test_unequal_pieces_are_scored_side_by_side(backend: Load, reference: Oracle, backend_name: str) -> None:
-    """Those of texts that begin here, and those behind what is cached."""
+    """Pieces at the start of a text, and pieces after a cached prefix."""
     ours, oracle = backend(backend_name, "odd_sizes"), reference("odd_sizes")
     texts = [random_tokens(ours, length, length) for length in (1, 7, 40, 23)]
     known = [0, 3, 0, 22]
@@ -107,14 +107,14 @@ def test_score_is_what_one_token_steps_sum_to(backend: Load, backend_name: str) 
 
 def test_score_of_more_positions_than_have_logits_at_once(backend: Load, backend_name: str) -> None:
     ours = backend(backend_name, "base")
-    tokens = random_tokens(ours, SCORE_TILE + 7)  # two tiles, the second one short
+    tokens = random_tokens(ours, SCORE_TILE + 7)  # two tiles; the second one is not full
     whole = score(ours, tokens)
     assert_close(whole[1:], by_softmax(ours, tokens), ATOL, "in tiles")
     cache = ours.new_cache()
     parts = [score(ours, part, cache) for part in np.split(tokens, range(50, len(tokens), 50))]
     assert_close(np.concatenate(parts)[1:], whole[1:], ATOL, "in pieces")
     others = [random_tokens(ours, length, length) for length in (SCORE_TILE // 2, 9)]
-    texts = [others[0], tokens, others[1]]  # the second text begins within a tile, and the third behind one
+    texts = [others[0], tokens, others[1]]  # the second text begins within a tile, the third after one
     together = ours.score([Piece(text, ours.new_cache()) for text in texts])
     for scored, text in zip(together, texts, strict=True):
         assert_close(scored[1:], score(ours, text)[1:], ATOL, f"{len(text)} tokens beside others")
@@ -234,7 +234,7 @@ def test_choices_have_the_probabilities_of_the_softmax() -> None:
 def test_samples_are_those_of_the_references_logits(
     backend: Load, reference: Oracle, backend_name: str, options: dict[str, Any]
 ) -> None:
-    """argmax(logits / T + g) over what is left, g = -log(-log1p(-u)) from stream 3."""
+    """argmax(logits / T + g) over the remaining tokens, g = -log(-log1p(-u)) from stream 3."""
     ours, oracle = backend(backend_name, "odd_sizes"), reference("odd_sizes")
     config, size = CausalConfig(max_new_tokens=15, eos_token_ids=(), **options), ours.config.vocab_size
     for prompt, seed in ((random_tokens(ours, 7), 4), (random_tokens(ours, 12, 1), 2**63 + 5)):
@@ -262,7 +262,7 @@ def test_backends_sample_the_same_tokens(backend: Load) -> None:
 
 
 def test_tokens_of_texts_side_by_side_are_those_of_texts_alone(backend: Load, backend_name: str) -> None:
-    """One pass for the next token of several texts, as an engine makes them; a text that has ended takes part no more."""
+    """One pass computes the next token of several texts, as an engine does. A text that has ended is no longer in it."""
     ours = backend(backend_name, "base", **LIVELY)
     prompts, seeds = [random_tokens(ours, length, length) for length in (11, 3, 26)], [7, 8, 9]
     config = CausalConfig(max_new_tokens=40, temperature=1.5, eos_token_ids=tuple(range(8)))
@@ -297,7 +297,7 @@ def test_log_probabilities_of_tokens_are_their_score(backend: Load, backend_name
         assert all(event.logprob is None for event in causal(ours, Text(prompt, seed), config))
 
 
-# The two modes together.
+# Both modes together.
 
 DIFFUSION = GenerationConfig(max_new_tokens=16, max_denoising_steps=4, eos_token_ids=())
 CAUSAL = CausalConfig(max_new_tokens=11, eos_token_ids=())
@@ -334,7 +334,7 @@ def blocks_of(events: Any) -> list[Block]:
 
 
 def test_log_probabilities_of_blocks_are_the_score_of_the_text(backend: Load, backend_name: str) -> None:
-    """Of a text that runs out of tokens within its last canvas, and of one that ends."""
+    """For a text that runs out of tokens within its last canvas, and for one that ends with an end token."""
     ours = backend(backend_name, "base")
     length = ours.config.canvas_length
     config = GenerationConfig(max_new_tokens=21, max_denoising_steps=3, eos_token_ids=(), confidence_threshold=0.0)
@@ -437,11 +437,11 @@ def test_bad_options(options: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"prompt": ids()}, "token ids must be a list of at least one, got shape [0]"),
-        ({"prompt": np.array([[1, 2]], np.int32)}, "token ids must be a list of at least one, got shape [1, 2]"),
+        ({"prompt": ids()}, "token ids must be a list of at least one id, got shape [0]"),
+        ({"prompt": np.array([[1, 2]], np.int32)}, "token ids must be a list of at least one id, got shape [1, 2]"),
         ({"prompt": ids(V)}, f"token id {V} is outside the vocabulary"),
-        ({"prompt": np.zeros(60, np.int32)}, "60 prompt tokens and 5 new ones exceed the model's context of 64 tokens"),
-        ({"cache": FakeCache(range(59))}, "60 prompt tokens and 5 new ones"),
+        ({"prompt": np.zeros(60, np.int32)}, "60 prompt tokens and 5 new tokens exceed the model's context of 64 tokens"),
+        ({"cache": FakeCache(range(59))}, "60 prompt tokens and 5 new tokens"),
         ({"seed": -1}, "a seed must be an integer between 0 and 2^64 - 1, got -1"),
         ({"seed": [1, 2]}, "a seed must be an integer between 0 and 2^64 - 1, got [1, 2]"),
         ({"frozen": np.zeros(L, np.int32)}, "frozen and canvas belong to the diffusion mode; leave them out, or change the mode"),

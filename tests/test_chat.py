@@ -1,4 +1,4 @@
-"""The chat: in lines, against what Conversation answers by itself; and on a terminal, key by key."""
+"""The chat: line by line, against the replies of Conversation; and on a terminal, key by key."""
 
 import json
 import pty
@@ -44,7 +44,7 @@ def model(folder: Path) -> DiffusionGemma:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, model: DiffusionGemma, folder: Path) -> Callable[..., Result]:
-    """The command with lines of standard input, on the model that is loaded already."""
+    """Run the command with lines of standard input, on the loaded model."""
     monkeypatch.setattr(chat_module, "load_backend", lambda *arguments, **options: model.backend)
 
     def run(*typed: str, options: tuple[object, ...] = ()) -> Result:
@@ -59,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, model: DiffusionGemma, folder: Path) ->
 
 
 def answers(conversation: Conversation, *messages: str, **options: Any) -> list[Reply]:
-    """What a conversation replies; ``seed`` is that of the first turn, and each later one takes the next."""
+    """The replies of a conversation. ``seed`` is the seed of the first turn; each later turn uses the next one."""
     seed = options.pop("seed", 0)
     replies = []
     for turn, message in enumerate(messages):
@@ -70,7 +70,7 @@ def answers(conversation: Conversation, *messages: str, **options: Any) -> list[
 
 
 def stdout(result: Result) -> str:
-    """As it was written, carriage returns of the model too."""
+    """Standard output as it was written, including carriage returns from the model."""
     return result.stdout_bytes.decode()
 
 
@@ -83,7 +83,7 @@ def test_replies_are_those_of_a_conversation(run: Callable[..., Result], model: 
     typed = ("Hi", "", "Why?", "///\\", "then", "//etc")
     result = run(*typed, options=("--seed", 5, "--system", "Be brief.", "--max-new-tokens", 11))
     assert stdout(result) == on_stdout(*expected)
-    assert set(result.stderr.splitlines()) == {"the reply is cut at 11 tokens; --max-new-tokens allows more"}
+    assert set(result.stderr.splitlines()) == {"the reply is cut at 11 tokens; allow more with --max-new-tokens"}
 
 
 def test_a_last_line_without_an_end_is_a_message(run: Callable[..., Result], model: DiffusionGemma, folder: Path) -> None:
@@ -109,13 +109,13 @@ def test_settings(run: Callable[..., Result], model: DiffusionGemma) -> None:
     assert stdout(result) == on_stdout(*first, *second, *third)
     told = [line for line in result.stderr.splitlines() if not line.startswith("the reply is cut")]
     assert told == [
-        "turn K takes seed 9 + K; next is 9",
-        f"turn K takes seed {2**64 - 2} + K; next is {2**64 - 1}",
+        "seed 9 in the first turn, 1 more in each later turn; next: 9",
+        f"seed {2**64 - 2} in the first turn, 1 more in each later turn; next: {2**64 - 1}",
         "mode: causal",
         "mode: diffusion",
         "thinking: on",
         "thinking: on",
-        f"turn K takes seed {2**64 - 2} + K; next is 1",
+        f"seed {2**64 - 2} in the first turn, 1 more in each later turn; next: 1",
     ]
 
 
@@ -126,7 +126,7 @@ def test_system_and_clear_begin_anew(run: Callable[..., Result], model: Diffusio
     assert stdout(result) == on_stdout(plain, told, told)
     assert plain.content != told.content
     assert "no system message\n" in result.stderr
-    assert "a new chat, since the system message is its beginning\n" in result.stderr
+    assert "new chat with this system message\n" in result.stderr
     assert result.stderr.endswith("system message: Be brief.\n")
 
 
@@ -140,7 +140,7 @@ def test_undo_and_retry(run: Callable[..., Result], model: DiffusionGemma, tmp_p
     anew = messages[3]["content"]
     assert stdout(result).endswith(on_stdout(second) + anew + "\n")
     assert anew != second.content, "the same seed again"
-    assert "the last turn is taken back; 1 turn left\n" in result.stderr
+    assert "removed the last turn; 1 turn left\n" in result.stderr
 
 
 def test_stats(run: Callable[..., Result], model: DiffusionGemma) -> None:
@@ -179,7 +179,7 @@ def test_a_file_is_not_overwritten_unasked(run: Callable[..., Result], tmp_path:
     file.write_text("mine")
     result = run(f"/save {file}")
     assert file.read_text() == "mine"
-    assert result.stderr == f"error: {file} is there already; /save! {file} replaces it\n"
+    assert result.stderr == f"error: {file} already exists; /save! {file} replaces it\n"
     run(f"/save! {file}")
     assert json.loads(file.read_text())["messages"] == []
 
@@ -187,21 +187,21 @@ def test_a_file_is_not_overwritten_unasked(run: Callable[..., Result], tmp_path:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("/nonsense on", "there is no command /nonsense; /help lists them, and //nonsense sends it as text"),
-        ("/\x1b[2J", "there is no command /␛[2J; /help lists them, and //␛[2J sends it as text"),
-        ("/clear all", "nothing can follow /clear"),
-        ("/save", "/save needs the name of a file"),
+        ("/nonsense on", "unknown command /nonsense; /help lists the commands, and //nonsense sends the text /nonsense"),
+        ("/\x1b[2J", "unknown command /␛[2J; /help lists the commands, and //␛[2J sends the text /␛[2J"),
+        ("/clear all", "/clear takes no argument; leave it out"),
+        ("/save", "/save needs a file name"),
         ("/save {tmp}/nowhere/chat", "{tmp}/nowhere/chat: No such file or directory"),
         ("/load {tmp}/nowhere", "{tmp}/nowhere: No such file or directory"),
         ("/load {tmp}", "{tmp}: Is a directory"),
         ("/load {tmp}/foreign", "{tmp}/foreign: not a saved conversation"),
         ("/load {tmp}/binary", "{tmp}/binary: not a saved conversation"),
-        ("/seed -1", "a seed is a whole number from 0 to 2^64 - 1, or fresh"),
-        ("/seed 18446744073709551616", "a seed is a whole number"),
+        ("/seed -1", "the seed must be a whole number from 0 to 2^64 - 1, or fresh"),
+        ("/seed 18446744073709551616", "the seed must be a whole number"),
         ("/mode sideways", "unknown mode 'sideways'; known are diffusion and causal"),
         ("/mode causal", "t_min belongs to the diffusion mode; leave it out, or change the mode"),
-        ("/thinking maybe", "/thinking takes on or off, not 'maybe'"),
-        ("long " * 600, "2453 prompt tokens and 20 new ones"),
+        ("/thinking maybe", "/thinking takes on or off, got 'maybe'"),
+        ("long " * 600, "2453 prompt tokens and 20 new tokens"),
         ("\udcff", "the text is not valid Unicode: a lone surrogate at character 0"),
     ],
 )
@@ -321,7 +321,7 @@ def test_on_a_terminal(folder: Path, tmp_path_factory: pytest.TempPathFactory) -
             terminal.wait(lambda: any(text in line for line in terminal.lines), repr(text))
 
         def enter(keys: str) -> str:
-            """Type a message or a command and Enter, and return what is shown below before the next prompt."""
+            """Type a message or a command, press Enter, and return the output up to the next prompt."""
             row = terminal.row
             terminal.type(keys + "\r")
             terminal.wait(lambda: at_prompt() and terminal.row > row, f"prompt after {keys!r}")
@@ -340,7 +340,7 @@ def test_on_a_terminal(folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         assert not any("dropped" in line for line in terminal.lines), "keys tear the picture"
         terminal.type(CTRL_C)
         terminal.wait(at_prompt, "prompt")
-        assert terminal.lines[-2] == "stopped; what is shown stays as the reply"
+        assert terminal.lines[-2] == "stopped; the text shown is kept as the reply"
         assert not any("block" in line for line in terminal.lines), "the canvas is left"
         hi, part = saved()
         assert (hi["content"], part["role"]) == ("Hi", "assistant")
@@ -361,7 +361,7 @@ def test_on_a_terminal(folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         assert terminal.lines[-3] == "> /mode"
         terminal.type(f"never sent{CTRL_C}/und\t")
         terminal.wait(lambda: terminal.lines[-1] == "> /undo", "completed command")
-        assert enter("") == "the last turn is taken back; 0 turns left"
+        assert enter("") == "removed the last turn; 0 turns left"
         terminal.type(CTRL_C)
         seen("Ctrl-D or /exit leaves.")
         terminal.wait(at_prompt, "prompt")
@@ -375,5 +375,5 @@ def test_on_a_terminal(folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def dense(text: str) -> str:
-    """As it is shown, without blanks: the screen answers a tab with some."""
+    """The text as shown, without blanks, because the screen turns a tab into blanks."""
     return "".join(printable(text).split())

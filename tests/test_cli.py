@@ -1,4 +1,4 @@
-"""The command line as a person sees it: what lands on stdout, what on stderr, and the exit status."""
+"""The command line as a user sees it: stdout, stderr and the exit status."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def run(*arguments: object, **options: Any) -> Result:
 
 @pytest.fixture(scope="session")
 def expected(chat: Path) -> Callable[..., Generation]:
-    """What the API writes after a prompt."""
+    """The API's result for a prompt."""
     return load(chat).generate
 
 
@@ -67,7 +67,7 @@ def test_prompt_from_everywhere(chat: Path, expected: Callable[..., Generation],
     assert run("generate", chat, "--file", file, "--seed", 7).stdout == text
     assert run("generate", chat, "-", "--seed", 7, input=QUESTION + "\n").stdout == text
     assert run("generate", chat, "--seed", 7, input=QUESTION).stdout == text
-    # an argument is the prompt even where standard input is no terminal
+    # an argument is the prompt even if standard input is not a terminal
     assert run("generate", chat, QUESTION, "--seed", 7, input="something else").stdout == text
     unicode = "Größe 🌊 空"
     assert run("generate", chat, "--seed", 7, input=unicode).stdout == expected(unicode, seed=7).text + "\n"
@@ -97,7 +97,7 @@ def test_options_reach_the_model(chat: Path, expected: Callable[..., Generation]
 
 @pytest.mark.parametrize("command", ["infill", "revise"])
 def test_system_and_markup_reach_the_editors(chat: Path, command: str) -> None:
-    """Each changes what is read, and by the same seed what is written or how it is scored."""
+    """Each flag changes the prompt, and so, with the same seed, the text that is written or its scores."""
     model, text = load(chat), "Why <|think|><hole:3> blue?" if command == "infill" else "Why <|think|> is it blue?"
     base = [command, chat, text, "--seed", 3, "--json", *(["--strength", 0.9] if command == "revise" else [])]
     results = []
@@ -168,7 +168,7 @@ def test_text_is_shown_by_blocks_and_characters_are_whole(tmp_path: Path, capsys
     ]
 
 
-# What the system does to a process, in a process of its own.
+# Signals and pipes, each in a separate process.
 
 
 def test_reader_that_goes_away(chat: Path) -> None:
@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_what_was_written(chat: Path, expected: Callable[..., Gener
     command = [*PROGRAM, "generate", str(chat), QUESTION, "--seed", "7", "--max-new-tokens", "480"]  # 60 blocks
     command += ["--max-denoising-steps", "100", "--confidence-threshold", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        begun = os.read(process.stdout.fileno(), 1)  # as soon as there is a block
+        begun = os.read(process.stdout.fileno(), 1)  # wait for the first block
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err.decode()
@@ -201,7 +201,7 @@ def test_ctrl_c_keeps_what_was_written(chat: Path, expected: Callable[..., Gener
     assert (begun + out).decode().startswith(first.text.rstrip("\ufffd"))  # half a character is held back
 
 
-# The commands themselves.
+# The commands.
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -1,4 +1,4 @@
-"""Conversations: what is kept over turns changes nothing but the work, and no markup reaches what a person reads."""
+"""Conversations: caches kept between turns save work but change no result, and users never see markup."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def babbler(chat_folder: Path, backend_name: str) -> DiffusionGemma:
 
 @pytest.fixture(scope="module")
 def solver(backend_name: str) -> DiffusionGemma:
-    """The model in the box."""
+    """The boxed model."""
     return load("sudoku", backend=backend_name, dtype="float32")
 
 
@@ -60,7 +60,7 @@ def last(events: Iterator[ReplyEvent]) -> Reply:
 
 
 class Watched:
-    """What a model's backend is given to encode, while it is watched: the tokens of each piece, in order."""
+    """Records the pieces that a model's backend encodes: the tokens of each piece, in order."""
 
     def __init__(self, model: DiffusionGemma, patch: pytest.MonkeyPatch) -> None:
         self.pieces: list[list[int]] = []
@@ -73,7 +73,7 @@ class Watched:
         patch.setattr(model.backend, "encode", watched)
 
     def taken(self) -> list[list[int]]:
-        """Those since the last call."""
+        """The pieces since the last call."""
         pieces, self.pieces = self.pieces, []
         return pieces
 
@@ -104,7 +104,7 @@ def test_reuse_gives_the_tokens_of_no_reuse(babbler: DiffusionGemma, mode: str) 
 def test_the_second_turn_encodes_only_what_is_new(solver: DiffusionGemma, monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """The first prompt and its reply take 77 tokens, more than the window of 64; the second turn adds 39.
 
-    A reply of 37 tokens is less than a canvas of 40: it is encoded behind the Reply, up to its end.
+    A reply of 37 tokens is shorter than a canvas of 40. It is encoded after the Reply event, up to its end.
     """
     conversation, whole, warm = Conversation(solver), 0, []
     for turn, text in enumerate(_prompts(4)[first : first + 2]):
@@ -133,7 +133,7 @@ def test_the_second_turn_encodes_only_what_is_new(solver: DiffusionGemma, monkey
 
 
 def test_of_a_reply_only_the_shortened_canvas_is_encoded_again(chat_folder: Path) -> None:
-    """The whole canvases of a reply were committed as the next prompt is cut, and stay."""
+    """The whole canvases of a reply were committed in the same cuts as the next prompt's, so they stay."""
     text = "one two three four five six seven<turn|>"
     model, backend = scripted(chat_folder, text)
     ids = model.tokenizer.encode(text, markup=True)
@@ -164,7 +164,7 @@ def test_of_a_reply_only_the_shortened_canvas_is_encoded_again(chat_folder: Path
 def test_what_was_not_committed_in_whole_canvases_is_encoded_again(
     chat_folder: Path, options: dict[str, Any], again: int
 ) -> None:
-    """A later prompt that holds the reply is cut in whole canvases, however it was written; here 16 tokens are in the cache."""
+    """A later prompt cuts the reply into whole canvases, however it was written. Here the cache holds 16 tokens."""
     model, backend = scripted(chat_folder, "")
     word = model.tokenizer.encode("a")[0]
     backend.script, backend.following = writes(lambda asked: [word] * CANVAS), lambda tokens: word
@@ -177,7 +177,7 @@ def test_what_was_not_committed_in_whole_canvases_is_encoded_again(
 
 
 def test_the_last_pieces_of_a_prompt_are_encoded(babbler: DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kept cache does not hold, in the same pieces as where nothing is kept."""
+    """Tokens that are not in a kept cache are encoded in the same pieces as without a kept cache."""
     reusing, alone = Conversation(babbler), Conversation(babbler, kept=PrefixCache(0))
     watched = Watched(babbler, monkeypatch)
     for turn, length in enumerate((20, 8, 17)):
@@ -202,7 +202,7 @@ def _prompts(count: int) -> list[str]:
 
 
 def test_stretches_make_up_the_reply(solver: DiffusionGemma) -> None:
-    """What is shown within a block is what the block holds in the end, and comes before it ends."""
+    """Text shown within a block appears before the block ends, and equals the block's final text."""
     early = 0
     for seed, text in enumerate(_prompts(6)):
         shown, drafts = "", 0
@@ -240,7 +240,7 @@ CALL = '<|tool_call>call:weather{city:<|"|>Paris {1}<|"|>}<tool_call|>'
 @pytest.mark.parametrize("template", ["newer", "older"])
 @pytest.mark.parametrize("canvas_length", [1, 3, 7, 8])
 def test_thoughts_and_calls_over_canvases(chat_folder: Path, canvas_length: int, template: str, tmp_path: Path) -> None:
-    """Markers are cut by the ends of canvases; the tool's answer goes back, and the calls are in the cache."""
+    """Canvas ends cut markers. The tool's answer is sent back, and the calls are in the cache."""
     if template == "older":
         chat_folder = shutil.copytree(chat_folder, tmp_path / "older")
         (chat_folder / "chat_template.jinja").write_text(OLDER_CHAT_TEMPLATE)
@@ -296,7 +296,7 @@ def test_stop_texts(chat_folder: Path, stop: list[str], canvas_length: int) -> N
 
 
 def test_what_was_shown_is_never_taken_back_but_counted(chat_folder: Path) -> None:
-    """The front holds still for two steps and then changes: too early for a rule of two steps, not for one of three."""
+    """The front holds still for two steps and then changes. A rule of two steps shows it too early; a rule of three does not."""
     model, backend = scripted(chat_folder, "")
     wrong, right = (model.tokenizer.encode(f"{text}<turn|>", markup=True) for text in ("XYcdefg", "abcdefg"))
     backend.script = writes(lambda asked: wrong if asked.step <= 2 else right)
@@ -355,7 +355,7 @@ def test_a_reply_that_is_broken_off_stays_as_far_as_it_came(chat_folder: Path) -
 
 
 def test_what_grew_under_a_reply_that_is_broken_off_is_counted(babbler: DiffusionGemma) -> None:
-    """The prompt's kept cache shares buffers with the reply's, which are made larger for both."""
+    """The prompt's kept cache and the reply's cache share buffers, which grow for both."""
     kept = PrefixCache()
     events = Conversation(babbler, kept=kept).send("Hi", seed=0, max_new_tokens=200, max_denoising_steps=1, eos_token_ids=())
     next(events)
@@ -383,7 +383,7 @@ def test_markup_in_a_message_is_text(babbler: DiffusionGemma) -> None:
 
 
 def test_text_without_markup(chat_folder: Path) -> None:
-    """What is written and not read as a reply keeps its markup."""
+    """Text that is not read as a reply keeps its markup."""
     model, _ = scripted(chat_folder, "a <|channel>thought\nb<turn|>")
     context = read(model.backend, model.prompt_ids("Say", raw=True), model.piece_rule, PrefixCache())
     *events, result = write(model.backend, model.tokenizer, context, Writing(model.checkpoint.generation, seed=0))

@@ -1,4 +1,4 @@
-"""The converter: formats against ``mx.quantize``, the layout against the hub's, and what is refused."""
+"""The converter: formats against ``mx.quantize``, the layout against the hub's, and errors."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def stored_bits(array: mx.array) -> np.ndarray[Any, Any]:
 
 
 def assert_packed_like_mlx(folder: Path, source: Path) -> None:
-    """Every tensor of ``folder`` equals, bit for bit, what mx.quantize makes of the whole source tensor."""
+    """Assert that every tensor of ``folder`` equals, bit for bit, the result of mx.quantize on the whole source tensor."""
     plan, made = Checkpoint.open(folder).quantization, weights(folder)
     for name, stored in weights(source).items():
         whole = stored.astype(mx.bfloat16)
@@ -85,7 +85,7 @@ def test_recipe_packs_like_mlx(recipe: str, source: Path, tmp_path: Path) -> Non
 
 MODULES = ("layers.0.experts.gate_up_proj", "embed_tokens", "layers.1.self_attn.o_proj")
 
-#: For each of the modules.
+#: One format for each of the modules.
 FORMATS = [
     ("2:32", "3:128", "mxfp8"),
     ("3:32", "5", "nvfp4"),
@@ -101,7 +101,7 @@ FORMATS = [
 def test_any_portion_of_rows_packs_like_the_whole(
     formats: tuple[str, str, str], dtype: str, source: Path, float32_source: Path
 ) -> None:
-    """Seven rows at a time, which divide no tensor evenly."""
+    """Seven rows at a time. No tensor has a multiple of seven rows."""
     folder = {"BF16": source, "F32": float32_source}[dtype]
     tensors, stored = Checkpoint.open(folder).tensors, {graph_name(name): array for name, array in weights(folder).items()}
     for module, form in zip(MODULES, map(parse_format, formats), strict=True):
@@ -127,7 +127,7 @@ def test_each_part_has_the_format_that_was_set(formats: tuple[str, str, str], so
 
 @pytest.mark.parametrize("settings", [["--set=experts=nvfp4", "--set=embedding=3:128"], ["--recipe=bf16"]])
 def test_tensors_of_several_pieces(settings: list[str], tmp_path: Path) -> None:
-    """Each piece of the words, scales and biases goes behind the one before it."""
+    """Each piece of the words, scales and biases is written after the previous one."""
     source = make_source(tmp_path / "large", LARGE)
     large = [tensor for tensor in Checkpoint.open(source).tensors.values() if tensor.nbytes > PIECE_BYTES]
     assert [tensor.nbytes % PIECE_BYTES > 0 for tensor in large] == [True] * 3
@@ -157,7 +157,7 @@ def real_checkpoint() -> Checkpoint:
 
 
 def test_plan_of_the_released_checkpoint_is_the_layout_on_the_hub() -> None:
-    """mlx-community's 4-bit conversion, but for the vision projection, which has 4 bits there and stays BF16 here."""
+    """mlx-community's 4-bit conversion, except for the vision projection: 4 bits there, BF16 here."""
     plan = Plan.make(real_checkpoint(), make_recipe("4bit", ["self_conditioning=4"]))
     planned = {output.name: (output.shape, output.dtype) for entry in plan.entries for output in entry.outputs}
     expected = stored_tensors("weights_mlx_4bit.tsv")
@@ -250,7 +250,7 @@ def test_overrides_name_their_mode_where_it_is_not_affine(source: Path, tmp_path
 def test_mlx_vlm_loads_the_output(layout: str, settings: list[str], source: Path, float32_source: Path, tmp_path: Path) -> None:
     utils = pytest.importorskip("mlx_vlm.utils")
     folder = converted({"hub": float32_source, "transformers": source}[layout], tmp_path / "out", *settings)
-    model = utils.load_model(folder)  # loads strictly
+    model = utils.load_model(folder)  # loading is strict
     made = weights(folder)
     router = model.model.decoder.layers[1].router.proj
     np.testing.assert_array_equal(stored_bits(router.weight), stored_bits(made["model.decoder.layers.1.router.proj.weight"]))
@@ -258,7 +258,7 @@ def test_mlx_vlm_loads_the_output(layout: str, settings: list[str], source: Path
     assert (getattr(router, "mode", None), getattr(router, "bits", None)) == ((form.mode, form.bits) if form else (None, None))
 
 
-# --- what lies beside the weights ---
+# --- the files other than the weights ---
 
 
 def test_the_other_files_are_carried_over(source: Path, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_failed_upload_keeps_the_checkpoint(source: Path, tmp_path: Path, hub:
     assert [call for call, _ in hub.calls] == ["create_repo"]
 
 
-# --- what is refused ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -345,10 +345,10 @@ def test_a_failed_upload_keeps_the_checkpoint(source: Path, tmp_path: Path, hub:
         (["--set=expert=4"], "unknown part 'expert'; known are experts, embedding, attention, mlp, router, self_conditioning"),
         (["--set=experts"], "'experts' is not of the form PART=FORMAT"),
         (["--set=experts=q4"], "unknown format 'q4'; known are BITS[:GROUP], mxfp4, mxfp8, nvfp4 and bf16"),
-        (["--set=experts=7"], "7 bits are not possible; possible are 2, 3, 4, 5, 6, 8"),
-        (["--set=experts=4:48"], "groups of 48 are not possible; possible are 32, 64, 128"),
+        (["--set=experts=7"], "7 bits are not possible; use 2, 3, 4, 5, 6, 8"),
+        (["--set=experts=4:48"], "groups of 48 are not possible; use 32, 64, 128"),
         (["--set=experts=mxfp4:16"], "unknown format 'mxfp4:16'"),
-        (["--set=vision=8"], "the vision tower is kept in BF16"),
+        (["--set=vision=8"], "the vision tower stays in BF16"),
         (
             ["--set=experts=4:128"],
             "experts.down_proj: groups of 128 do not divide its rows of 64; set another format for experts",
@@ -356,7 +356,7 @@ def test_a_failed_upload_keeps_the_checkpoint(source: Path, tmp_path: Path, hub:
         (["--shard-size=big"], "--shard-size 'big' is not a size"),
         (["--shard-size=0"], "--shard-size must be at least 1 bytes, got '0'"),
         (["--shard-size=-1"], "--shard-size '-1' is not a size"),
-        (["--upload-repo=mine"], "'mine' is not a hub repository of the form OWNER/NAME"),
+        (["--upload-repo=mine"], "'mine' is not a hub repository; write it as OWNER/NAME"),
     ],
 )
 def test_refused_options(options: list[str], message: str, source: Path, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_refused_options(options: list[str], message: str, source: Path, tmp_pat
 
 def test_refused_sources(source: Path, tmp_path: Path) -> None:
     quantized = converted(source, tmp_path / "4bit")
-    refused(run(quantized, tmp_path / "out"), CheckpointError, "quantized already (model.decoder.embed_tokens.")
+    refused(run(quantized, tmp_path / "out"), CheckpointError, "already quantized (model.decoder.embed_tokens.")
 
     name = "model.decoder.layers.1.experts.down_proj"
     without = copy_with(source, tmp_path / "without", lambda tensors: {key: t for key, t in tensors.items() if key != name})
@@ -388,10 +388,10 @@ def test_refused_targets(source: Path, tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "link").symlink_to(empty)
     for target in (full, file, tmp_path / "dangling", tmp_path / "link", source):
-        refused(run(source, target), InputError, f"{target} exists already")
+        refused(run(source, target), InputError, f"{target} already exists")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "note").touch()
-    refused(run(source, tmp_path / "out", "--restart"), InputError, "holds something else; move it away")
+    refused(run(source, tmp_path / "out", "--restart"), InputError, "holds other files; move it away")
     assert {path.name for path in tmp_path.iterdir()} == {"full", "empty", "file", "dangling", "link", "out.partial"}
     assert os.listdir(tmp_path / "out.partial") == ["note"]
 
@@ -403,7 +403,7 @@ def test_an_empty_folder_is_a_target(source: Path, tmp_path: Path) -> None:
 
 def test_writing_needs_mlx(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlx.core", None)
-    refused(run(source, tmp_path / "out"), BackendError, "mlx packs the weights, and cannot be imported")
+    refused(run(source, tmp_path / "out"), BackendError, "mlx packs the weights, but cannot be imported")
     assert not list(tmp_path.iterdir())
 
 

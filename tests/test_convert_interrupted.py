@@ -1,4 +1,4 @@
-"""Conversions that end early: killed, interrupted, out of disk. None leaves a target, and each goes on to the same bytes."""
+"""Conversions that end early: killed, interrupted, out of disk. None leaves a target, and each can resume to the same bytes."""
 
 import errno
 import io
@@ -61,16 +61,16 @@ print(json.dumps([events, reports]))
 
 
 def killed_run(source: Path, target: Path, deadly: int) -> subprocess.CompletedProcess[str]:
-    """Convert in a process that kills itself at the ``deadly``-th piece or operation on files; 0 is never.
+    """Convert in a process that kills itself at the ``deadly``-th piece or file operation; 0 means never.
 
-    It prints how many there are, and for each report its number and the bytes that were written.
+    The process prints the number of these, and for each report its number and the bytes written.
     """
     command = [sys.executable, "-c", _CHILD, str(source), str(target), str(deadly), str(SHARD_BYTES)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    """Killed between two files, between two tensors, and between two pieces of one."""
+    """Kill it between two files, between two tensors, and between two pieces of one tensor."""
     source = make_source(tmp_path / "source", LARGE)
     expected = contents(converted(source, tmp_path / "expected", "--shard-size", str(SHARD_BYTES)))
     whole = killed_run(source, tmp_path / "whole", 0)
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     ends = {0, *accumulate(entry.nbytes for entry in Plan.make(Checkpoint.open(source), make_recipe(), SHARD_BYTES).entries)}
     within = [event for event, nbytes in reports if nbytes not in ends]
     assert len(within) >= 3, "every tensor is written in one piece"
-    # the first and the last ones are the folder's making and its renaming
+    # the first and the last operation create and rename the folder
     points = sorted({2, within[0], within[-1], *random.Random(0).sample(range(3, events - 3), 6), events - 3, events - 1})
     for point in points:
         target = tmp_path / f"killed at {point}"
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         partial = tmp_path / f"{target.name}.partial"
         kept = {file.name: file.stat().st_ino for file in partial.glob("model/*.safetensors")}
         print(f"killed at {point} of {events}: {len(kept)} shards finished, target {'there' if target.exists() else 'absent'}")
-        if target.exists():  # the rename was done, only the empty working folder is left
+        if target.exists():  # renamed; only the empty working folder is left
             assert not kept
         else:
             converted(source, target, "--shard-size", str(SHARD_BYTES))
@@ -126,7 +126,7 @@ def test_an_unfinished_run_of_another_plan_is_refused(change: str, source: Path,
     }[change]
     if change == "source":
         os.utime(copy / "model.safetensors", (1, 1))
-    refused(run(copy, target, *options), InputError, "another source or with other settings; run that one to its end, or throw")
+    refused(run(copy, target, *options), InputError, "another source or with other settings; finish that one, or discard")
     assert contents(converted(copy, target, *options, "--restart")) == contents(converted(copy, tmp_path / "new", *options))
     assert not list(tmp_path.glob("*.partial"))
 
@@ -165,7 +165,7 @@ def test_two_runs_do_not_share_a_target(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EFBIG, "File too large")])
 def test_a_disk_that_fills_up(code: int, message: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every write beyond a budget fails as the operating system would have it."""
+    """Every write beyond a budget fails with the operating system's error."""
     budget = 200_000
 
     class Limited(io.BufferedWriter):
@@ -200,7 +200,7 @@ def test_a_disk_that_is_too_small_is_known_beforehand(source: Path, tmp_path: Pa
     assert not list(tmp_path.rglob("*.safetensors*"))
     usage.free = plan.nbytes + files
     interrupted(source, tmp_path / "out", 2)
-    usage.free -= sum(shard.nbytes for shard in plan.shards[:2])  # those are there already
+    usage.free -= sum(shard.nbytes for shard in plan.shards[:2])  # these shards are already written
     converted(source, tmp_path / "out", options)
 
 

@@ -1,4 +1,4 @@
-"""The demo: what it shows, on a terminal and in lines, and what its exit status says. The model is a fake."""
+"""The demo: its output on a terminal and as lines, and its exit status. The model is a fake."""
 
 import sys
 from dataclasses import replace
@@ -30,7 +30,7 @@ BOLD, GREEN, DIM, TAKEN = "1", "32", "2", "4;33"
 
 
 def next_digit(grid: Grid, cell: int) -> Grid:
-    """The grid with another digit in one cell."""
+    """The grid with a different digit in one cell."""
     digits = list(grid.cells)
     digits[cell] = digits[cell] % 4 + 1
     return Grid(tuple(digits))
@@ -40,7 +40,8 @@ WRONG = next_digit(PUZZLE.solution, FREE[-1])
 
 
 def fake(answer: Grid) -> FakeBackend:
-    """Gets surer of ``answer``: in step s it doubts the free cells but the first s. The first is wrong in steps 1 and 2."""
+    """A backend that converges on ``answer``. In step s all free cells but the first s are uncertain; in steps 1 and 2 the
+    first is wrong."""
 
     def script(asked: Asked) -> Answer:
         grid = next_digit(answer, FREE[0]) if asked.step <= 2 else answer
@@ -52,7 +53,7 @@ def fake(answer: Grid) -> FakeBackend:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, answer: Grid, *options: str) -> Result:
-    """The command, with a checkpoint and a backend put in."""
+    """Run the command with a given checkpoint and backend."""
     checkpoint = SimpleNamespace(config=fake(answer).config, generation=CONFIG)
     monkeypatch.setattr(demo, "Checkpoint", SimpleNamespace(open=lambda source: checkpoint))
     monkeypatch.setattr(demo, "load_backend", lambda opened, name: fake(answer))
@@ -104,7 +105,7 @@ def test_what_was_taken_back_and_not_mended(monkeypatch: pytest.MonkeyPatch) -> 
     ("cell", "shown"),
     [
         ((3, 3, UNSETTLED, 0.9), ("3", "bold")),
-        ((3, 2, SETTLED, 0.0), ("2", "green")),  # a clue that the model does not keep
+        ((3, 2, SETTLED, 0.0), ("2", "green")),  # a clue that the model changes
         ((0, 2, SETTLED, 0.9), ("2", "green")),
         ((0, 2, UNSETTLED, 0.09), ("2", "")),
         ((0, 2, UNSETTLED, 0.4), ("2", "dim")),
@@ -138,7 +139,7 @@ def test_the_prompt_is_that_of_training() -> None:
 
 
 def test_cells_by_what_is_known_of_them() -> None:
-    """Step 3 of the fake: one cell was just taken back, three are settled (one of them doubted, but accepted), the rest open."""
+    """Step 3 of the fake: one cell was just taken back, three are settled (one uncertain but accepted), the rest are open."""
     screen, seen = Screen(80, 30), []
 
     def digits(style: str) -> str:

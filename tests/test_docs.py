@@ -1,4 +1,4 @@
-"""What the documents say of the commands is what the commands say of themselves."""
+"""The documentation of the commands agrees with their own help."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_commands_page_is_current() -> None:
-    # In a process of its own: click keeps the first form in which a command was called, with or without the group's -h.
+    # In a separate process, because click keeps the first form in which a command was called, with or without the group's -h.
     program = f"import runpy; print(runpy.run_path({str(ROOT / 'docs' / 'commands.py')!r})['page'](), end='')"
     page = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs" / "commands.md").read_text() == page, "run: python docs/commands.py"

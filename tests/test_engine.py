@@ -1,7 +1,7 @@
-"""The engine: whose turn it is, and what goes into one pass; on the backends there are, and on one that computes nothing.
+"""The engine: whose turn it is, and what one pass holds; on the real backends and on a fake one.
 
-Jobs that are submitted before the start arrive in that order. What must happen at a certain call is done by the backend in that
-call; no test depends on how fast anything is.
+Jobs submitted before the start arrive in that order. To make something happen at a certain call, the fake backend does it within
+that call. No test depends on speed.
 """
 
 import logging
@@ -87,12 +87,12 @@ def test_a_full_queue_refuses(bench: Callable[..., Bench], clock: SimpleNamespac
         it.submit(6)
     gate.set()
     assert [inbox.error for inbox in more] == [None] * 5
-    # Requests took 5 calls of 1 s, most of them in turn with those of another.
+    # A request takes 5 calls of 1 s, most of them in turn with another request's.
     assert 5 <= refused.value.retry_after <= 10, refused.value.retry_after
 
 
 def test_any_rows_and_any_pieces_go_into_one_pass(bench: Callable[..., Bench]) -> None:
-    """Of unequal lengths and at unequal temperatures, as many as there is room for."""
+    """Lengths and temperatures may differ. A pass takes as many as there is room for."""
     it = bench(max_batch=3)
     inboxes = [it.submit(k, length=k, width=1 + k, cooling=0.1 * (k % 3))[1] for k in range(1, 6)]
     it.engine.start()
@@ -218,7 +218,7 @@ def test_answers_of_every_kind_go_to_who_asked(bench: Callable[..., Bench]) -> N
 
 
 def test_idle_work_waits_until_no_request_does(bench: Callable[..., Bench]) -> None:
-    """And gives way to one that comes, between two of its own calls."""
+    """It also gives way, between two of its own calls, to a request that arrives."""
     it, first, late = bench(parallel=1), Inbox(), []
 
     def work() -> Iterator[int]:
@@ -246,7 +246,7 @@ def test_idle_work_waits_until_no_request_does(bench: Callable[..., Bench]) -> N
 
 
 def test_idle_work_costs_its_client_no_turn(bench: Callable[..., Bench]) -> None:
-    """Who has some goes on to be the one that was served least recently, and has nothing in progress."""
+    """A client with idle work still counts as least recently served, and as having nothing in progress."""
     it, inboxes, late = bench(parallel=2, max_batch=1), [Inbox(), Inbox()], []
 
     def work(token: int, idle: int) -> Iterator[int]:
@@ -372,7 +372,7 @@ def test_idle_work_that_fails_harms_nobody(bench: Callable[..., Bench], caplog: 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_side_by_side_are_each_by_itself(backend: Callable[..., Backend], backend_name: str, seed: int) -> None:
-    """Unequal in all there is; 21 positions are more than a window. Where rows are said to be exact, they are, to the bit."""
+    """The rows differ in everything; 21 positions exceed a window. If a backend's rows are exact, they agree to the bit."""
     it, random = backend(backend_name, "odd_sizes"), np.random.default_rng(seed)
     tolerance = 0.0 if it.exact_rows else 1e-4
     before, widths = (0, 1, 21, 21), (7, 3, 7, 5)
@@ -397,8 +397,8 @@ def test_rows_side_by_side_are_each_by_itself(backend: Callable[..., Backend], b
             assert (one.argmax == other.argmax).all()
             assert (one.sampled == other.sampled).all()
             assert_close(one.entropy, other.entropy, tolerance, f"entropy of row {index} in step {step}")
-        believed = [one.self_conditioning for one in (together if step == 2 else alone)]  # after a step together, of that
-        believed[3] = believed[3] if step == 1 else None  # one in its first step beside others in later ones
+        believed = [one.self_conditioning for one in (together if step == 2 else alone)]  # step 3 continues from the shared pass
+        believed[3] = believed[3] if step == 1 else None  # one row in its first step, the others in later steps
     forks = [cache.fork() for cache in caches]
     it.encode([Piece(one.argmax, fork) for one, fork in zip(together, forks, strict=True)])
     assert [len(cache) for cache in caches] == list(before), "they do not go on with their forks"
@@ -480,7 +480,7 @@ def test_requests_at_once_write_what_they_write_alone(chat: Path, backend_name: 
 
 
 def test_choices_of_a_request_solve_a_puzzle_as_alone(backend_name: str) -> None:
-    """The trained model. All the choices of both requests are one batch, as long as none has finished."""
+    """With the trained model. All choices of both requests form one batch until the first one finishes."""
     model = load("sudoku", backend=backend_name, device="cpu", dtype="float32")
     engine, inboxes = Engine(model, Limits(batch="fast")), [Inbox(), Inbox()]
     puzzles, seeds = [fresh_puzzle(6, 20, seed) for seed in (1, 2)], range(3)

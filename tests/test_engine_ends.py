@@ -1,4 +1,4 @@
-"""How requests end: of themselves, cancelled, out of time, by errors, by a stop; and choices that are gathered."""
+"""How requests end: normally, cancelled, out of time, by an error, by a stop; and how choices are gathered."""
 
 import gc
 import threading
@@ -68,7 +68,7 @@ def test_a_cancelled_job_falls_out_of_its_batch(bench: Callable[..., Bench]) -> 
 
 
 def test_a_job_may_be_cancelled_while_others_are_told(bench: Callable[..., Bench]) -> None:
-    """By what takes the events of the second, when the first waits for its next step already."""
+    """The receiver of the second job's events cancels the first, which is already waiting for its next step."""
     it, inbox = bench(), Inbox()
     job, first = it.submit(1)
 
@@ -85,7 +85,7 @@ def test_a_job_may_be_cancelled_while_others_are_told(bench: Callable[..., Bench
 
 @pytest.mark.parametrize("ending", ["cancel", "error"])
 def test_a_job_gives_its_caches_back_as_it_ends(bench: Callable[..., Bench], ending: str) -> None:
-    """Keys and values are large: they must not wait for the garbage collector, nor for those who keep jobs."""
+    """Keys and values are large, so neither the garbage collector nor a kept job object may delay their release."""
     it, inboxes = bench(), [Inbox(), Inbox()]
 
     def failing(token: int) -> Iterator[int]:
@@ -111,9 +111,9 @@ def test_a_job_gives_its_caches_back_as_it_ends(bench: Callable[..., Bench], end
             it.during = lambda call: [job.cancel() for job in jobs] if call == 3 else None
         it.engine.start()
         assert [type(inbox.error) for inbox in inboxes] == [{"cancel": Cancelled, "error": InputError}[ending]] * 2
-        assert it.submit(5)[1].error is None  # the engine is past all of that
+        assert it.submit(5)[1].error is None  # the engine has finished the other jobs
         for inbox in inboxes:
-            inbox.events.clear()  # an error's traceback is its receiver's
+            inbox.events.clear()  # the receiver owns the error's traceback, which holds references
         it.backend.asked.clear()
         assert len(it.caches) == 6
         assert [cache() for cache in it.caches[:5]] == [None] * 5
@@ -290,7 +290,7 @@ def test_a_stop_before_the_start(bench: Callable[..., Bench]) -> None:
 def test_a_failing_engine_leaves_nobody_waiting(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """A mistake in the choice of a pass, which is ours; and what ends a thread in the middle of one."""
+    """A bug in our choice of a pass, and an error that ends the thread in the middle of a pass."""
     it, gathered = bench(parallel=2), Inbox()
     error: BaseException = ZeroDivisionError() if failing == "policy" else SystemExit()
     next_pass = engine_module.next_pass

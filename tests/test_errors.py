@@ -1,4 +1,4 @@
-"""What a person can do wrong, and the line that says so: exit status 2, one line on stderr, nothing on stdout."""
+"""User errors and their messages: exit status 2, one line on stderr, nothing on stdout."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(chat: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy of the checkpoint that the test may damage."""
     return Path(shutil.copytree(chat, tmp_path / "model"))
 
 
@@ -42,7 +42,7 @@ def model(chat: Path, backend_name: str) -> DiffusionGemma:
 
 
 def told(*arguments: str, **invoke: Any) -> str:
-    """The line on stderr of a command that must fail."""
+    """Run a command that must fail, and return its line on stderr."""
     result = CliRunner().invoke(main, list(arguments), **invoke)
     assert result.exit_code == 2, f"status {result.exit_code}: {result.output} {result.exception!r}"
     assert result.stdout == ""
@@ -53,7 +53,7 @@ def told(*arguments: str, **invoke: Any) -> str:
 
 
 def refused(*arguments: str) -> str:
-    """The last line of click's own message on a bad option, which comes after how the command is used."""
+    """The last line of click's own message about a bad option, which follows the usage text."""
     result = CliRunner().invoke(main, list(arguments))
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -94,15 +94,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bad default": (lambda f: edit_json(f / "generation_config.json", t_max=-1), "generation_config.json: t_max must be"),
     "cut weights": (lambda f: cut(f / "model.safetensors", 5000), "model.safetensors: truncated or not safetensors"),
     "empty weights": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors: truncated or not safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors, nor an index of shards"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor an index of shards is there"),
     "missing shards": (
         lambda f: index(f, {"weight_map": {"a": "model-2.safetensors", "b": "model.safetensors", "c": "model-1.safetensors"}}),
-        "missing shards: model-1.safetensors, model-2.safetensors\n",
+        "missing shards: model-1.safetensors, model-2.safetensors; fetch them again\n",
     ),
     "no weight_map": (lambda f: index(f, {}), "weight_map is missing"),
     "other quantization": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
-        "quantized by bitsandbytes, which is not read here",
+        "quantized by bitsandbytes, which is not supported",
     ),
 }
 
@@ -150,7 +150,7 @@ def test_neither_a_folder_nor_a_hub_id(source: str) -> None:
     assert "no such folder, and not a hub id" in told("info", source)
 
 
-# Each asks a hub on this machine, in a process of its own: the endpoint is read when the downloader is imported.
+# Each test asks a hub on this machine, in a separate process, because the downloader reads the endpoint when it is imported.
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -177,7 +177,7 @@ def test_download(answer: hub.Answer | None, expected: str, tmp_path: Path) -> N
             "no_proxy": "127.0.0.1",
         }
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    *noise, line = result.stderr.splitlines()  # the downloader warns of what it tries again
+    *noise, line = result.stderr.splitlines()  # the downloader warns about its retries
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in "\n".join(noise)
     assert line.startswith("mlx-diffgemma: error: some/model: ")
@@ -205,7 +205,7 @@ def test_unknown_backend_and_dtype(chat: Path) -> None:
 def test_backend_that_is_not_installed(chat: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = told("generate", str(chat), "Hi", "--backend", backend_name)
-    assert f"backend '{backend_name}' was asked for, but the package {backend_name} is not installed" in line
+    assert f"backend '{backend_name}' needs the package {backend_name}, which is not installed" in line
     assert "neither mlx nor torch is installed; try: pip install" in told("generate", str(chat), "Hi")
 
 
@@ -213,7 +213,7 @@ def test_device_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for device in ("cuda", "cuda:1"):
         line = told("generate", str(chat), "Hi", "--backend", "torch", "--device", device)
-        assert f"device '{device}' was asked for, but this machine has 0 CUDA devices" in line
+        assert f"device '{device}' is not available: this machine has 0 CUDA devices" in line
     checkpoint = Checkpoint.open(chat)
     for name, device in (("torch", "tpu"), ("torch", "mps"), ("mlx", "cuda"), ("mlx", "")):
         with pytest.raises(InputError, match=repr(device)):
@@ -223,7 +223,7 @@ def test_device_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_mlx_gpu_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mx = pytest.importorskip("mlx.core")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert "device 'gpu' was asked for, but" in told("generate", str(chat), "Hi", "--backend", "mlx", "--device", "gpu")
+    assert "device 'gpu' is not available: " in told("generate", str(chat), "Hi", "--backend", "mlx", "--device", "gpu")
     with pytest.raises(BackendError):
         load(chat, backend="mlx", device="gpu")
 
@@ -235,7 +235,7 @@ def test_mlx_gpu_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--max-new-tokens", "-3"], "max_new_tokens must be an integer of at least 1, got -3"),
         (["--max-denoising-steps", "0"], "max_denoising_steps must be an integer of at least 1, got 0"),
         (["--canvas-length", "0"], "canvas_length must be an integer of at least 1, got 0"),
-        (["--canvas-length", "9"], "canvas_length 9 is larger than the model's 8; use that or less"),
+        (["--canvas-length", "9"], "canvas_length 9 is larger than the model's 8; use 8 or less"),
         (["--stability-threshold", "-1"], "stability_threshold must be an integer of at least 0, got -1"),
         (["--confidence-threshold", "-0.1"], "confidence_threshold must be a finite number of at least 0, got -0.1"),
         (["--confidence-threshold", "nan"], "confidence_threshold must be a finite number"),
@@ -245,7 +245,10 @@ def test_mlx_gpu_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--t-min", "0.9"], "not below t_min, got t_max 0.8 and t_min 0.9"),
         (["--t-max", "0", "--t-min", "0"], "t_max must be above 0"),
         (["--t-max", "nan"], "t_max must be a finite number"),
-        (["--max-new-tokens", str(CONTEXT)], f"exceed the model's context of {CONTEXT} tokens; shorten either"),
+        (
+            ["--max-new-tokens", str(CONTEXT)],
+            f"exceed the model's context of {CONTEXT} tokens; use a shorter prompt or fewer new tokens",
+        ),
     ],
 )
 def test_bad_sampler_values(chat: Path, options: list[str], expected: str) -> None:
@@ -258,7 +261,7 @@ def test_bad_numbers(chat: Path, options: list[str]) -> None:
 
 
 def test_prompt_longer_than_the_context(chat: Path) -> None:
-    assert f"in canvases of 8, exceed the model's context of {CONTEXT} tokens; shorten either" in told(
+    assert f"in canvases of 8, exceed the model's context of {CONTEXT} tokens; use a shorter prompt or fewer new tokens" in told(
         "generate", str(chat), "word " * CONTEXT
     )
 
@@ -275,7 +278,7 @@ def test_prompts_that_are_none(chat: Path, tmp_path: Path) -> None:
     assert "is not UTF-8: byte 2 is 0xFF" in told(*generate, "--file", str(binary))
     assert "standard input is not UTF-8: byte 0 is 0xE2" in told(*generate, input=b"\xe2\x82")
     assert "the prompt is not UTF-8: byte 1 is 0x80" in told(*generate, "a\udc80")
-    assert "both as an argument and as --file" in told(*generate, "Hi", "--file", str(blank))
+    assert "both as an argument and with --file" in told(*generate, "Hi", "--file", str(blank))
     assert f"--file {tmp_path / 'none'}: cannot be read: No such file" in told(*generate, "--file", str(tmp_path / "none"))
     assert "cannot be read: Is a directory" in told(*generate, "--file", str(tmp_path))
     assert "a system message needs the chat template" in told(*generate, "Hi", "--raw", "--system", "Be brief.")
@@ -306,9 +309,9 @@ def test_the_marker_of_an_image_is_text_unless_markup_is_read(model: DiffusionGe
     token = model.tokenizer.token_id("<|image|>")
     for raw in (False, True):
         assert token not in model.prompt_ids("<|image|>What is this?", raw=raw)
-        with pytest.raises(InputError, match="the prompt holds an image, and images are not supported yet"):
+        with pytest.raises(InputError, match="the prompt has an image, and images are not supported yet"):
             model.prompt_ids("<|image|>What is this?", raw=raw, markup=True)
-    with pytest.raises(InputError, match="the prompt holds an image"):
+    with pytest.raises(InputError, match="the prompt has an image"):
         model.generate([token])
 
 

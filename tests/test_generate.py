@@ -15,14 +15,14 @@ Load = Callable[..., Backend]
 Oracle = Callable[..., Reference]
 Prompts = Sequence[NDArray[np.int32]]
 
-# Layers that change little make a canvas settle: with these scalars some texts stop by the rule and some reach the cap.
+# Layers that change little let a canvas settle. With these scalars some texts stop by the rule and some reach the step limit.
 CALM = {"base": {"layer_scalars": (0.9, 1.2)}, "odd_sizes": {"layer_scalars": (1.3, 1.6)}}
 CAP = 10
 SEEDS = [*range(19), 2**64 - 1]
 
 
 def options(shape: str, **changed: object) -> GenerationConfig:
-    """Options under which both ends of a block occur. No token of the vocabulary ends the text unless one is given."""
+    """Options with which blocks end in both ways. No token of the vocabulary ends the text unless one is given."""
     text = SHAPES[shape]["text_config"]
     return GenerationConfig(
         max_new_tokens=2 * SHAPES[shape]["canvas_length"] + 1,  # makes three canvases
@@ -34,13 +34,13 @@ def options(shape: str, **changed: object) -> GenerationConfig:
 
 
 def prompts(shape: str, rows: int, length: int = 11) -> NDArray[np.int32]:
-    """Prompts [B, N] of one length, as a batch of `transformers` must have them."""
+    """Prompts [B, N] of one length, as `transformers` requires in a batch."""
     vocab_size = SHAPES[shape]["text_config"]["vocab_size"]
     return np.random.default_rng(7).integers(0, vocab_size, (rows, length), dtype=np.int32)
 
 
 def unequal(shape: str, rows: int) -> list[NDArray[np.int32]]:
-    """Prompts of 1, 4, 7, ... tokens: shorter than the sliding window, and longer."""
+    """Prompts of 1, 4, 7, ... tokens: some shorter than the sliding window, some longer."""
     return [row[: 1 + 3 * index] for index, row in enumerate(prompts(shape, rows, length=1 + 3 * rows))]
 
 
@@ -52,7 +52,7 @@ def write(
     frozen: Sequence[NDArray[np.int32] | None] | None = None,
     batch: str = "fast",
 ) -> list[GenerateResult]:
-    """Of each text its tokens [N] and the steps of its blocks. All are written side by side, up to eight in a pass."""
+    """The tokens [N] and the steps per block of each text. The texts are written together, up to eight in a pass."""
     texts = [
         Text(prompt, seed, frozen=template)
         for prompt, seed, template in zip(prompts, seeds, frozen or [None] * len(seeds), strict=True)
@@ -68,13 +68,13 @@ def write(
 
 
 def alone(oracle: Reference, prompts: Prompts, seeds: Sequence[int], config: GenerationConfig) -> list[GenerateResult]:
-    """What `transformers` writes of each text, run by itself: a batch of its takes prompts of one length."""
+    """The result of `transformers` for each text, run alone, because its batches need prompts of one length."""
     runs = [oracle.generate(prompt[None], [seed], config) for prompt, seed in zip(prompts, seeds, strict=True)]
     return [text for result in runs for text in texts_of(result, config)]
 
 
 def texts_of(result: GenerateResult, config: GenerationConfig) -> list[GenerateResult]:
-    """The rows of a batch, each up to the block in which it ends: what follows is padding, and takes no steps."""
+    """The rows of a batch, each up to the block in which it ends. The rest is padding and takes no steps."""
     blocks, texts = len(result.steps), []
     for tokens, steps in zip(result.tokens, result.steps.T, strict=True):
         count = blocks if steps.all() else int(steps.argmin())
@@ -86,7 +86,7 @@ def texts_of(result: GenerateResult, config: GenerationConfig) -> list[GenerateR
 
 
 def assert_same(actual: Sequence[GenerateResult], expected: Sequence[GenerateResult], what: str) -> None:
-    """Assert that tokens and steps of all texts are the same; names the first text and block in which they are not."""
+    """Assert that tokens and steps of all texts are equal. Names the first text and block that differ."""
     texts = list(zip(actual, expected, strict=True))
     wrong = [index for index, (ours, right) in enumerate(texts) if not same(ours, right)]
     report = f"{what}: {len(wrong)} of {len(texts)} texts differ in tokens or steps"
@@ -194,13 +194,13 @@ def test_texts_side_by_side_equal_texts_alone(backend: Load, backend_name: str, 
 
 def test_frozen_positions(backend: Load, reference: Oracle, backend_name: str) -> None:
     ours, length = backend(backend_name, "base", **CALM["base"]), SHAPES["base"]["canvas_length"]
-    # The mean entropy of `transformers` is over frozen positions too; a threshold out of reach keeps the two comparable.
+    # `transformers` includes frozen positions in the mean entropy. A threshold out of reach keeps both comparable.
     config = options("base", confidence_threshold=1e-30, max_new_tokens=4 * length)
     prompt, seeds = prompts("base", 4), [3, 1, 4, 15]
     frozen = np.full(4 * length - 1, -1, np.int32)
     frozen[[0, 3, 4]] = 17, 90, 90  # block 0; block 1 is free
     frozen[2 * length : 3 * length] = np.arange(40, 40 + length)  # all of block 2
-    frozen[3 * length + 1 :] = 5  # block 3, but for its two ends
+    frozen[3 * length + 1 :] = 5  # block 3, except its first and last position
     fixed = np.flatnonzero(frozen >= 0)
     result = reference("base", **CALM["base"]).generate(prompt, seeds, config, frozen=frozen)
     assert (result.tokens[:, fixed] == frozen[fixed]).all()
@@ -229,13 +229,12 @@ def test_frozen_positions(backend: Load, reference: Oracle, backend_name: str) -
 def test_stop_averages_over_free_positions(backend: Load, reference: Oracle, backend_name: str) -> None:
     ours, oracle = backend(backend_name, "base", **CALM["base"]), reference("base", **CALM["base"])
     prompt, length = prompts("base", len(SEEDS)), SHAPES["base"]["canvas_length"]
-    # no need of stability: the mean entropy alone decides
+    # stability is not required: the mean entropy alone decides
     config = options("base", max_new_tokens=2 * length, stability_threshold=0, confidence_threshold=0.1)
     frozen = np.full(length, -1, np.int32)
     frozen[[1, 2, 6]] = 30, 60, 90
     frozen = np.tile(frozen, 2)
-    # `transformers` averages over all positions, of which the frozen ones add nothing: a threshold lower in proportion is the
-    # same rule.
+    # `transformers` averages over all positions, and the frozen ones add 0. A proportionally lower threshold is the same rule.
     scaled = config.replace(confidence_threshold=config.confidence_threshold * (length - 3) / length)
     result = oracle.generate(prompt, SEEDS, scaled, frozen=frozen)
     unscaled = oracle.generate(prompt, SEEDS, config, frozen=frozen)

@@ -1,4 +1,4 @@
-"""Frameworks are imported when they are needed, and only the one that is chosen: each case in a process of its own."""
+"""A framework is imported only when it is needed and chosen. Each case runs in a separate process."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ assert events[-1].tokens.shape == (4,)
 
 
 def imported(code: str) -> set[str]:
-    """Which of the heavy packages are imported after ``code``."""
+    """The heavy packages that are imported after ``code`` ran."""
     report = f"\nimport sys\nprint('imported', *({set(HEAVY)!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

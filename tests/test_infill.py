@@ -1,4 +1,4 @@
-"""Infilling: against `transformers` with pinned rows, the plain formula of the score, and what must never change."""
+"""Infilling: against `transformers` with pinned rows, the plain formula of the score, and tokens that must never change."""
 
 import json
 import re
@@ -27,14 +27,14 @@ from support.reference import SHAPES, Reference
 
 TUNING = {"layer_scalars": (0.9, 1.2)}
 LENGTH, VOCABULARY = SHAPES["base"]["canvas_length"], SHAPES["base"]["text_config"]["vocab_size"]
-# The mean entropy of `transformers` is over frozen positions too; a threshold out of reach keeps the two comparable.
+# `transformers` includes frozen positions in the mean entropy. A threshold out of reach keeps both comparable.
 CONFIG = GenerationConfig(
     max_denoising_steps=6, entropy_bound=2.0, confidence_threshold=1e-30, eos_token_ids=(VOCABULARY,), pad_token_id=0
 )
 PREFIX = [7, 99, 3, 41, 17, 5, 63, 120, 2, 77, 31]
 FAKE = GenerationConfig(max_denoising_steps=1, eos_token_ids=(49,))
 
-#: Templates on canvases of 8, and what they try.
+#: Templates on canvases of 8, and what each of them tests.
 TEMPLATES: dict[str, list[Any]] = {
     "between": [PREFIX, Hole(2, 2), [50, 51, 52], Hole(1, 1), [53, 54]],
     "at the end, and the model writes on": [PREFIX, Hole(3, 3)],
@@ -165,7 +165,7 @@ def test_candidates_share_the_prefix() -> None:
     [("exact", True, [8, 8, 4, 4]), ("exact", False, [1] * 24), ("fast", False, [8, 8, 4, 4]), ("fast", True, [8, 8, 4, 4])],
 )
 def test_how_many_candidates_go_into_one_pass(batch: str, exact_rows: bool, rows: list[int]) -> None:
-    """12 candidates of two canvases each, and one step a canvas."""
+    """12 candidates of two canvases each, and one step per canvas."""
     fake = FakeBackend(lambda asked: full(7), exact_rows=exact_rows)
     fill(fake, [[1], Hole(1, 3), [5], Hole(1, 4)], FAKE, seed=0, batch=batch)
     assert [len(canvases) for canvases in fake.tokens_of("denoise")] == rows
@@ -184,7 +184,7 @@ def test_candidates_do_not_know_of_each_other(backend: Callable[..., Backend], b
 
 
 def test_the_better_score_comes_first() -> None:
-    # The denoiser writes the position's number; the causal model dislikes what is large, the denoiser what is even.
+    # The denoiser writes the position's number. The causal model scores large tokens low, the denoiser even ones.
     fake = FakeBackend(
         lambda asked: full(np.arange(L) + 10),
         causal=lambda tokens: -tokens / 10.0,
@@ -220,7 +220,7 @@ def test_what_follows_the_holes_is_shown_as_far_as_it_fits() -> None:
 
 
 def templates(fake: FakeBackend) -> list[list[int]]:
-    """What was frozen in the rows that the fake denoised."""
+    """The frozen templates of the rows that the fake denoised."""
     return [asked.row.frozen.tolist() for asked in fake.asked if asked.row.frozen is not None]
 
 
@@ -254,7 +254,7 @@ PIECES = [
 
 
 def random_template(rng: np.random.Generator) -> list[str | Hole]:
-    """Holes of 1 to 3 tokens, or one longer than a canvas, and few enough tokens behind the last one."""
+    """Holes of 1 to 3 tokens, or one longer than a canvas, with few enough tokens after the last one."""
     parts: list[str | Hole] = []
     for _ in range(rng.integers(1, 4)):
         if rng.random() < 0.7:
@@ -267,11 +267,11 @@ def random_template(rng: np.random.Generator) -> list[str | Hole]:
 
 
 class Watched:
-    """A backend that keeps what was committed, and what was encoded before.
+    """A backend that records the committed canvases and the prompt.
 
     Attributes:
-        canvases: the committed canvases of each text, in the order in which the texts were begun.
-        prompt: what was encoded before the first canvas.
+        canvases: the committed canvases of each text, in the order in which the texts began.
+        prompt: the tokens encoded before the first canvas.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -310,7 +310,7 @@ def test_nothing_outside_the_holes_ever_changes(model: DiffusionGemma, backend_n
         editor.tokenizer = model.tokenizer
         parts = random_template(rng)
         raw = bool(rng.random() < 0.5)
-        # the shorter form of the instruction, so that a chat is as cheap as a raw text
+        # the short instruction makes a chat as cheap as a raw text
         prompt = None if raw else [2, 105, 9, 106]
         holes = [part for part in parts if isinstance(part, Hole)]
         ids = [model.tokenizer.encode(part) if isinstance(part, str) else [FREE] * part.most for part in parts]
@@ -318,7 +318,9 @@ def test_nothing_outside_the_holes_ever_changes(model: DiffusionGemma, backend_n
         options: dict[str, Any] = {"prompt": prompt, "raw": raw, "seed": number, "max_denoising_steps": 1}
         fits = not raw and sum(map(len, ids)) <= CANVAS
         if not fits and isinstance(parts[-1], str) and len(ids[-1]) > -span % CANVAS:
-            with pytest.raises(InputError, match="too many tokens after the last hole"):
+            tail, room = len(ids[-1]), -span % CANVAS
+            told = f"there are {tail} tokens after the last hole, but its canvas of {CANVAS} has room for {room};"
+            with pytest.raises(InputError, match=told):
                 infill(editor, parts, **options)
             refused += 1
             continue
@@ -333,7 +335,7 @@ def test_nothing_outside_the_holes_ever_changes(model: DiffusionGemma, backend_n
             len(written),
         )
         if fits and isinstance(parts[0], str):
-            row = [*ids[0], *row][: len(written)]  # a chat's text in one canvas lies there from its first token on
+            row = [*ids[0], *row][: len(written)]  # in a chat, a text of one canvas starts at its first token
             whole += 1
         known = np.array(row) != FREE
         np.testing.assert_array_equal(written[known], np.array(row)[known], f"template {number}: {parts}")
@@ -348,7 +350,7 @@ def test_a_chat_is_asked_to_fill_the_gaps(model: DiffusionGemma) -> None:
     for template, given in (
         ("The <hole:2> is blue.", []),
         ("The <hole:3-7> is blue.", head),
-    ):  # the second outgrows a canvas of 8
+    ):  # the second one exceeds a canvas of 8
         watched = Watched(model.backend)
         infill(DiffusionGemma(model.checkpoint, watched), template, seed=1)
         prompt = model.tokenizer.decode(watched.prompt)
@@ -394,10 +396,10 @@ def test_markers(text: str, marker: str, expected: list[str | Hole]) -> None:
     [
         ("no hole", "<hole>", "the text has no hole; write <hole> where"),
         ("a <hole:5> b", "[x]", "the text has no hole; write [x] where"),
-        ("a <hole:8-2>", "<hole>", "a hole's range is upside down: 8-2; write 2-8"),
+        ("a <hole:8-2>", "<hole>", "a hole's range is in the wrong order: 8-2; write 2-8"),
         ("a <hole:0>", "<hole>", "a hole's length must be an integer of at least 1, got 0"),
-        ("a <hole:some>", "<hole>", "<hole:some> says no length; a hole of 5 tokens ends in :5>"),
-        ("a <hole:>", "<hole>", "<hole:> says no length"),
+        ("a <hole:some>", "<hole>", "<hole:some> has no valid length; end a hole of 5 tokens in :5>"),
+        ("a <hole:>", "<hole>", "<hole:> has no valid length"),
         ("a ____ b", "___", "the marker '___' overlaps itself at character 3"),
         ("a <hole>", "<", "the marker '<' must have two characters or more"),
         ("a <hole>", " <hole>", "no white space around it"),
@@ -416,14 +418,18 @@ def test_bad_markers(text: str, marker: str, told: str) -> None:
     [
         ([[1, 2, 3]], {}, "the template has no hole"),
         ([Hole(), [1]], {}, "the template begins with a hole"),
-        ([[1], Hole(2, 2), [4] * 5], {}, "too many tokens after the last hole: 5, of which 4 fit behind it into its canvas of 6"),
-        ([[1], Hole(1, 8), [4] * 5], {}, "too many tokens after the last hole: 5, of which 4 fit"),
-        ([[1], Hole(1, 9), Hole(1, 8)], {}, f"the holes have 72 combinations of lengths, and {MAX_CANDIDATES} are tried at most"),
+        ([[1], Hole(2, 2), [4] * 5], {}, "there are 5 tokens after the last hole, but its canvas of 6 has room for 4"),
+        ([[1], Hole(1, 8), [4] * 5], {}, "there are 5 tokens after the last hole, but its canvas of 6 has room for 4"),
+        (
+            [[1], Hole(1, 9), Hole(1, 8)],
+            {},
+            f"the holes have 72 combinations of lengths, more than the {MAX_CANDIDATES} that are tried; narrow their lengths",
+        ),
         ([[1], Hole(), [50]], {}, "token id 50 is outside the vocabulary"),
         (
             [[1, 2], Hole(1, 1)],
             {"frame": Frame(in_canvas=2)},
-            "in_canvas must leave one of the 2 tokens before the first hole, got 2",
+            "in_canvas must be less than 2, the number of tokens before the first hole, got 2",
         ),
         ([[1] * 60, Hole(1, 1)], {}, "exceed the model's context of 64 tokens"),
         ([[1], Hole(1, 1)], {"seed": -1}, "a seed must be an integer between 0 and 2^64 - 1, got -1"),
@@ -439,11 +445,11 @@ def test_bad_templates_are_told_before_anything_is_computed(template: list[Any],
 
 
 def test_bad_input_to_a_model(model: DiffusionGemma) -> None:
-    with pytest.raises(InputError, match="the text itself says how many tokens there are; leave out max_new_tokens"):
+    with pytest.raises(InputError, match="an edited text has its own length; leave out max_new_tokens"):
         infill(model, "a <hole>", max_new_tokens=9)
     with pytest.raises(InputError, match="unknown option 'max_denoising_step'; did you mean max_denoising_steps"):
         infill(model, "a <hole>", max_denoising_step=9)
-    with pytest.raises(InputError, match="too many tokens after the last hole"):
+    with pytest.raises(InputError, match=r"there are \d+ tokens after the last hole, but its canvas of \d+ has room for \d+;"):
         infill(model, "<hole:1> " + "because air scatters blue light " * 3, raw=True)
     assert infill(model, "<hole:1> " + "because air scatters blue light " * 3, seed=1).text.endswith("blue light ")
     with pytest.raises(InputError, match="a system message needs the chat template; leave out raw"):
@@ -479,5 +485,5 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     raw = run("infill", folder, "The <hole:2>", "--raw", "--prompt", "Why?", "--max-denoising-steps", 2, *options).stdout_bytes
     assert raw.decode() == infill(model, "The <hole:2>", raw=True, prompt="Why?", max_denoising_steps=2, seed=4).text + "\n"
     told = run("infill", folder, "no hole", status=2).stderr
-    assert told == "mlx-diffgemma: error: the text has no hole; write <hole> where the model is to fill in\n"
+    assert told == "mlx-diffgemma: error: the text has no hole; write <hole> where the model should write\n"
     assert "a template was given both" in run("infill", folder, "a", "--file", file, status=2).stderr

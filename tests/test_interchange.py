@@ -1,4 +1,4 @@
-"""One quantized file, three readers: both backends and mlx-vlm, against the float32 model of the weights that it stands for."""
+"""One quantized file, three readers: both backends and mlx-vlm, against the float32 model of the dequantized weights."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from support.converting import SHAPE, converted
 from support.packed import FORMATS, identifier, unpack
 from support.reference import Reference, make_checkpoint
 
-#: Every row of every part has a multiple of 128 weights.
+#: Every row of every part has a multiple of 128 weights, so every group size fits.
 WIDE = {**SHAPE, "text_config": {**SHAPE["text_config"], "moe_intermediate_size": 128}}
 TEMPERATURE = 0.6
 
@@ -34,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("bf16"), WIDE, bfloat16=True, hub_layout=True)
 
 
-#: Logits float32 [2, positions, V]: a prompt's causal pass, and two canvases after it, the second fed what the first believed.
+#: Logits float32 [2, positions, V]: a prompt's causal pass, then two canvases; the second is conditioned on the first's result.
 Answers = dict[str, NDArray[np.float32]]
 
 
@@ -77,7 +77,7 @@ def weights(folder: Path) -> dict[str, mx.array]:
 
 
 def dequantized(folder: Path, target: Path) -> Path:
-    """The float32 checkpoint of the weights that a quantized one stands for, as `transformers` reads it."""
+    """The float32 checkpoint of the dequantized weights, as `transformers` reads it."""
     checkpoint, stored = Checkpoint.open(folder), weights(folder)
     tensors = {}
     for name, array in stored.items():
@@ -98,7 +98,7 @@ def dequantized(folder: Path, target: Path) -> Path:
 
 
 def assert_runs_alike(folder: Path, scratch: Path) -> None:
-    """Both backends agree with each other on a quantized checkpoint, and with `transformers` on the dequantized one."""
+    """Assert that both backends agree on a quantized checkpoint, and with `transformers` on the dequantized one."""
     expected = transformers(dequantized(folder, scratch))
     answers = {name: ours(folder, name) for name in NAMES}
     for name in NAMES:
@@ -107,7 +107,7 @@ def assert_runs_alike(folder: Path, scratch: Path) -> None:
 
 
 def text(quantization: Quantization) -> str:
-    """A format as the command takes it."""
+    """A format in the command's syntax."""
     return f"{quantization.bits}:{quantization.group_size}" if quantization.mode == "affine" else quantization.mode
 
 
@@ -129,9 +129,9 @@ def test_the_formats_are_all_there_are() -> None:
 
 
 def published(source: Path, folder: Path, base: dict[str, Any], overrides: Mapping[str, Any]) -> Path:
-    """Quantize with MLX alone, in float16: scales come in F16. ``overrides`` go by the end of a module's path.
+    """Quantize with MLX alone, in float16, so that scales are F16. ``overrides`` match the end of a module's path.
 
-    An override is the settings of affine, as they stand in the table, or False.
+    An override is the settings of the affine mode, as in the table, or False.
     """
     tensors, table = {}, dict(base)
     modules = {name: name.removesuffix(".weight") for name in weights(source) if is_matrix(name)}
@@ -191,9 +191,9 @@ def modules(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def mlx_vlm(folder: Path) -> Answers:
-    """What mlx-vlm answers; it has no causal logits."""
+    """The logits of mlx-vlm, which has no causal ones."""
     model = pytest.importorskip("mlx_vlm.utils").load_model(folder)
-    model.set_dtype(mx.float32)  # it runs in the type of the norms; formats and values stay
+    model.set_dtype(mx.float32)  # it runs in the type of the norms; formats and values do not change
     prompt, first, second = map(mx.array, inputs())
     cache = model.diffusion_prefill_cache(prompt, attention_mask=None, cache=model.make_cache())
     logits = model.diffusion_decoder_logits(first, cache=cache, self_conditioning=None)
@@ -218,7 +218,7 @@ def test_mlx_vlm_answers_alike(options: list[str], source: Path, tmp_path: Path)
     assert_answers(mlx_vlm(folder), ours(folder, "mlx"), ATOL_BACKENDS, "mlx-vlm and our mlx backend")
 
 
-# --- by the command ---
+# --- converted by the command ---
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "nvfp4"])

@@ -1,4 +1,4 @@
-"""The Triton kernels: right in Triton's interpreter (and on CUDA where it is), and accepted by the compiler for a Hopper GPU."""
+"""The Triton kernels: correct in Triton's interpreter (and on CUDA if available), and compiled for a Hopper GPU."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def test_kernels_are_right(interpret: bool) -> None:
     if not interpret and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    # Triton looks at this variable while it is imported, so each way needs a process of its own.
+    # Triton reads this variable when it is imported, so each value needs a separate process.
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
     checks = Path(__file__).parent / "support" / "kernels_checks.py"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
@@ -38,9 +38,9 @@ def test_kernels_are_right(interpret: bool) -> None:
 def test_kernels_compile_for_hopper(
     quantization: Quantization, activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they are launched for few rows and for many, with the same instruction for both.
+    """The kernels compile as launched for few rows and for many, with the same instruction for both.
 
-    The interpreter lets pass what the compiler refuses, such as a variable of two types. Compiling needs no GPU.
+    The interpreter accepts code that the compiler rejects, such as a variable with two types. Compiling needs no GPU.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from mlx_diffgemma.backends.torch import kernels
@@ -83,18 +83,18 @@ def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, 
         kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        # Tensors are aligned. That lets Triton load ahead, which takes shared memory.
+        # Tensors are aligned. That lets Triton prefetch, which uses shared memory.
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"], kernel
-    # Half of what one multiprocessor has, so that two programs share it.
+    # Half of a multiprocessor's memory, so that two programs can share it.
     assert compiled.metadata.shared <= 113 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
     return compiled
 
 
 def check_instructions(compiled: Any, activations: str) -> None:
-    """Half precision takes wgmma and nothing else, and float32 no tensor core."""
+    """Half precision uses only wgmma, and float32 uses no tensor core."""
     found = {name for name in ("wgmma.mma_async", "mma.sync") if name in compiled.asm["ptx"]}
     assert found == ({"wgmma.mma_async"} if activations == "bf16" else set())

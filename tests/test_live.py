@@ -1,4 +1,4 @@
-"""The live view on a terminal that is emulated: what is on it, in which style, and what is left of it."""
+"""The live view on an emulated terminal: its text, its styles, and the text that stays at the end."""
 
 import codecs
 import sys
@@ -54,7 +54,7 @@ def byte_decode(ids: Sequence[int], *, final: bool = True) -> str:
 
 
 def draft(step: int, tokens: Sequence[int], accepted: ArrayLike = (), block: int = 0) -> Draft:
-    """``accepted`` lists positions, whose entropy is 0 where the others' is 2."""
+    """A draft. ``accepted`` lists positions with entropy 0; all others have entropy 2."""
     mask = np.isin(np.arange(len(tokens)), accepted)
     argmax = np.array(tokens, np.int32)
     entropy = np.where(mask, 0.0, 2.0).astype(np.float32)
@@ -66,7 +66,7 @@ def block(index: int, tokens: Sequence[int], steps: int = 1) -> Block:
 
 
 def commit(show: LiveView, index: int, tokens: Sequence[int]) -> None:
-    """Show a block, and the text that is certain with it, as a model's stream has them."""
+    """Show a block and the text that it makes certain, in the order of a model's stream."""
     show(block(index, tokens))
     show(Content(decode(tokens)))
 
@@ -88,9 +88,9 @@ def test_states() -> None:
         draft(4, [0, 4, 3, 3], accepted=[0, 1]),
     ]
     expected = [
-        [UNSETTLED, UNSETTLED, UNSETTLED, UNSETTLED],  # nothing to compare with yet
-        [SETTLED, TAKEN_BACK, UNSETTLED, UNSETTLED],  # 1: another token; 2: the same, but not accepted
-        [SETTLED, TAKEN_BACK, TAKEN_BACK, UNSETTLED],  # another is accepted
+        [UNSETTLED, UNSETTLED, UNSETTLED, UNSETTLED],  # no earlier step to compare with
+        [SETTLED, TAKEN_BACK, UNSETTLED, UNSETTLED],  # 1: a different token; 2: the same token, but not accepted
+        [SETTLED, TAKEN_BACK, TAKEN_BACK, UNSETTLED],  # a different token is accepted
         [SETTLED, SETTLED, UNSETTLED, UNSETTLED],
     ]
     states = [settling.update(each).tolist() for each in steps]
@@ -160,7 +160,7 @@ def test_only_tokens_with_text_count_as_written() -> None:
 
 @pytest.mark.parametrize("size", [(80, 24), (40, 12), (20, 3), (13, 5), (9, 2), (6, 1)])
 def test_any_text_on_any_terminal(size: tuple[int, int]) -> None:
-    """Random canvases of wide, combining and control characters: no row is too long, and of the canvas nothing stays."""
+    """Random canvases of wide, combining and control characters: no row is too long, and nothing of the canvas remains."""
     screen, rng, tokens = Screen(*size), np.random.default_rng(0), []
     with view(screen) as show:
         for index in range(4):
@@ -171,7 +171,7 @@ def test_any_text_on_any_terminal(size: tuple[int, int]) -> None:
             tokens += written
             commit(show, index, written)
         show(generation(tokens))
-    # The screen answers a tab with blanks, and so blanks do not count here.
+    # The screen turns a tab into blanks, so blanks do not count here.
     expected = ["".join(line.split()) for line in printable(decode(tokens)).rstrip().split("\n")]
     assert ["".join(line.split()) for line in screen.lines] == expected
 
@@ -195,7 +195,7 @@ def test_tabs_reach_their_stops_and_count_in_the_width() -> None:
 def test_a_low_screen_shows_the_head_of_the_canvas() -> None:
     screen = Screen(20, 5)
     with view(screen) as show:
-        commit(show, 0, [0, 1, 2, 3] * 6)  # 90 cells: more than a screen of unfinished line
+        commit(show, 0, [0, 1, 2, 3] * 6)  # 90 cells: an unfinished line that fills more than a screen
         show(draft(1, [4, 5] * 8, block=1))
         assert screen.lines[:4] == ["ky is blue.", ".", ".", "... 6 more rows"]
         assert len(screen.rows) == 5, "the screen has scrolled"
@@ -247,7 +247,7 @@ def test_a_character_of_several_tokens_is_one_piece() -> None:
     screen = Screen(80, 24)
     with LiveView(screen.console(), byte_decode, 100) as show:
         show(draft(1, tokens, accepted=[0, 4, 6]))
-        show(draft(2, tokens, accepted=[0, 4, 6]))  # of 日 the second byte is settled, of 🙂 the first
+        show(draft(2, tokens, accepted=[0, 4, 6]))  # the second byte of 日 is settled, and the first of 🙂
         assert (screen.styled(""), screen.styled(DIM)) == ("a🙂", "é日")
 
 

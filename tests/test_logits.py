@@ -1,7 +1,7 @@
 """Logits and hidden states of both backends against `transformers`, in float32 on small random models.
 
-Every shape runs over prompts that end on either side of the sliding window, and over three blocks, so that caches are appended
-to by whole canvases. `transformers` takes batches of one length; our side takes each of their rows as a text of its own.
+Every shape runs on prompts shorter and longer than the sliding window, and on three blocks, so that whole canvases are appended
+to caches. `transformers` takes batches of one length; our side takes each row as a separate text.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def random_tokens(backend: Backend, length: int, seed: int = 0) -> NDArray[np.in
 
 
 def random_rows(backend: Backend, rows: int, length: int, seed: int = 0) -> NDArray[np.int32]:
-    """[rows, length]"""
+    """Random tokens [rows, length]."""
     return random_tokens(backend, rows * length, seed).reshape(rows, length)
 
 
@@ -49,7 +49,7 @@ def signals_of(backend: Backend, rows: Sequence[Row]) -> list[Any]:
 
 
 def prompt_lengths(window: int) -> list[int]:
-    """One token, shorter than the window, about as long, and much longer."""
+    """Lengths: one token, shorter than the window, about as long, and much longer."""
     return sorted({1, window // 2, window - 2, window - 1, window, window + 1, window + 2, 4 * window + 3})
 
 
@@ -90,7 +90,7 @@ def test_causal_logits_at_every_position(backend: Load, reference: Oracle, backe
 
 def test_causal_logits_of_a_piece_longer_than_a_tile_of_queries(backend: Load, reference: Oracle, backend_name: str) -> None:
     ours, oracle = backend(backend_name, "base"), reference("base")
-    for lengths in ([QUERY_TILE + 5], [7, QUERY_TILE + 1], [2 * QUERY_TILE - 20]):  # the context is one of 512 tokens
+    for lengths in ([QUERY_TILE + 5], [7, QUERY_TILE + 1], [2 * QUERY_TILE - 20]):  # the context is 512 tokens
         tokens = [random_rows(ours, 1, length, seed) for seed, length in enumerate(lengths)]
         cache = ours.new_cache()
         for index, chunk in enumerate(tokens):
@@ -148,12 +148,12 @@ def test_encoding_in_pieces_equals_encoding_at_once(backend: Load, backend_name:
         assert_close(logits, expected, ATOL, f"{backend_name}, {shape}, encoded in parts ending at {ends}")
 
 
-# Texts side by side.
+# Several texts in one pass.
 
 
 @pytest.mark.parametrize("shape", ["base", "odd_sizes", "wide_window", "window_below_canvas"])
 def test_unequal_texts_side_by_side_equal_texts_alone(backend: Load, reference: Oracle, backend_name: str, shape: str) -> None:
-    """Prompts, canvases and what else a row has are of its own; rows in their first step stand beside others in later ones."""
+    """Each row has its own prompt, canvas and other inputs. Rows in their first step share a pass with rows in later steps."""
     ours, oracle = backend(backend_name, shape), reference(shape)
     window, length = ours.config.sliding_window, ours.config.canvas_length
     prompts = [random_tokens(ours, size, size) for size in (1, window - 1, window + 3, 4 * window + 1)]
@@ -187,7 +187,7 @@ def test_unequal_texts_side_by_side_equal_texts_alone(backend: Load, reference: 
 def test_more_positions_than_have_logits_at_once(backend: Load, backend_name: str) -> None:
     ours = backend(backend_name, "window_below_canvas")
     length = ours.config.canvas_length
-    count = SCORE_TILE // length + 2  # rows that a tile ends within
+    count = SCORE_TILE // length + 2  # a tile ends within these rows
     canvases = [random_tokens(ours, length, seed) for seed in range(count)]
     caches = [ours.new_cache() for _ in canvases]
     ours.encode(pieces([random_tokens(ours, 1 + seed % 7, seed) for seed in range(count)], caches))
@@ -214,7 +214,7 @@ def test_forks_go_on_for_themselves(backend: Load, backend_name: str, shape: str
     forks = [shared.fork() for _ in range(3)]
     goes_on = [random_tokens(ours, size, size) for size in (length, 2 * window + 1, 1)]
     ours.encode(pieces(goes_on, forks))
-    ours.encode([Piece(goes_on[0], forks[0])])  # whoever committed first goes on in the shared memory
+    ours.encode([Piece(goes_on[0], forks[0])])  # the first fork to commit keeps the shared memory
     written = [[prompt], *([prompt, more] for more in goes_on)]
     written[1].append(goes_on[0])
     for index, (cache, parts) in enumerate(zip((shared, *forks), written, strict=True)):
@@ -243,7 +243,7 @@ def test_bfloat16_checkpoint_in_the_layout_of_the_hub(backend: Load, reference: 
 @pytest.mark.parametrize("shape", ["one_layer", "all_full", "wide_window"])
 def test_bfloat16_is_near_float32(backend: Load, backend_name: str, shape: str) -> None:
     if backend_name == "mlx" and backend("mlx", shape).device == "cpu":
-        with pytest.raises(BackendError, match="in float32 only"):  # MLX's gather_mm takes nothing else on a CPU
+        with pytest.raises(BackendError, match="in float32 only"):  # MLX's gather_mm takes no other type on a CPU
             backend("mlx", shape, "bfloat16", bfloat16=True)
         return
     answers = []

@@ -1,4 +1,4 @@
-"""The released model's attention at up to its whole context: what a position sees, and what a step allocates."""
+"""The released model's attention up to its full context: the keys that a position sees, and the memory that a step allocates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def tokens(count: int, seed: int) -> NDArray[np.int32]:
 
 
 def reference_logits(oracle: Reference, dtype: torch.dtype, start: int, before: Any, canvas: Any) -> NDArray[np.float64]:
-    """Of a canvas behind tokens whose positions begin at ``start``, with nothing before them."""
+    """Logits of a canvas after tokens whose positions begin at ``start``, with nothing before them."""
     model: Any = oracle.model.to(dtype)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     name = oracle.cache_name
@@ -53,11 +53,11 @@ def reference_logits(oracle: Reference, dtype: torch.dtype, start: int, before: 
 
 @pytest.mark.parametrize("start", [0, 1000, 262_000])
 def test_logits_at_far_positions(ours: Backend, oracle: Reference, backend_name: str, start: int) -> None:
-    """A short text whose positions begin far out: no further from float64 than three times the reference's own float32."""
+    """A short text at far positions differs from float64 by at most three times as much as the reference's own float32."""
     before, canvas = tokens(60, 1), tokens(40, 2)
     exact, single = (reference_logits(oracle, dtype, start, before, canvas) for dtype in (torch.float64, torch.float32))
     cache: Any = ours.new_cache()
-    cache.length = start  # positions are counted from here; the layers hold nothing
+    cache.length = start  # positions count from here, but the layers are empty
     ours.encode([Piece(before, cache)])
     allowed = 3 * np.abs(single - exact).max() + 1e-5
     print(f"reference in float32: {np.abs(single - exact).max():.1e}")
@@ -66,7 +66,7 @@ def test_logits_at_far_positions(ours: Backend, oracle: Reference, backend_name:
 
 @pytest.mark.parametrize("length", [900, 1024, 4200])
 def test_what_a_canvas_sees(ours: Backend, length: int) -> None:
-    """One key after another is changed: of a sliding layer's, the last window - 1 count; of a full layer's, all do."""
+    """Changes one key at a time. In a sliding layer the last window - 1 keys have an effect; in a full layer all do."""
     canvas = tokens(8, 3)
     cache: Any = filled(ours, length)
     before = ours.logits([Row(canvas, cache, 1.0)])[0]
@@ -91,7 +91,7 @@ def test_what_a_position_of_the_causal_pass_sees(ours: Backend, length: int) -> 
     piece = tokens(300, 4)
 
     def states(layer: int | None = None, place: int = 0) -> list[NDArray[np.float32]]:
-        """Hidden states of the piece, where a key of one layer is another."""
+        """Hidden states of the piece after one key of one layer was changed."""
         cache: Any = filled(ours, length)
         if layer is not None:
             buffer = cache.layers[layer].buffer
@@ -101,17 +101,17 @@ def test_what_a_position_of_the_causal_pass_sees(ours: Backend, length: int) -> 
         return trace[0]
 
     plain = states()
-    edge = length - WINDOW + 1  # the first that the first query sees
+    edge = length - WINDOW + 1  # the first position that the first query sees
     for layer, place, last in ((0, edge - 1, -1), (0, edge, 0), (0, edge + 280, 280), (1, 0, 299), (1, length - 1, 299)):
         if layer == 0 and place < edge // 256 * 256:
-            continue  # not kept any more
+            continue  # no longer in the buffer
         [seen] = np.nonzero((states(layer, place)[layer + 1] != plain[layer + 1]).any(axis=1))
         assert seen.tolist() == list(range(last + 1)), f"layer {layer}, position {place} of {length}: seen by {seen}"
 
 
 @pytest.mark.parametrize("length", [4096, 32_768])
 def test_the_second_step_of_a_block_copies_no_key(ours: Backend, length: int) -> None:
-    """The largest single allocation of a step after the first is less than the keys of any layer that it reads."""
+    """The largest single allocation of a step after the first is smaller than the keys of any layer."""
     cache: Any = filled(ours, length)
     row = Row(tokens(8, 6), cache, 1.0)
     ours.denoise([row])
@@ -127,7 +127,7 @@ def test_the_second_step_of_a_block_copies_no_key(ours: Backend, length: int) ->
 
 
 def largest_allocation(backend: Backend, run: Callable[[], object]) -> int:
-    """Of a call: by PyTorch's profiler; MLX tells the peak, which no single one exceeds."""
+    """The largest allocation of a call, from PyTorch's profiler. MLX reports the peak, which no single allocation exceeds."""
     if backend.name == "mlx":
         import mlx.core as mx
 

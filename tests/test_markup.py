@@ -1,4 +1,4 @@
-"""The parts of replies: written by hand, rendered by both chat templates, and of any markup whatever, cut anywhere."""
+"""The parts of replies: written by hand, rendered by both chat templates, and from arbitrary markup, cut anywhere."""
 
 import json
 
@@ -13,13 +13,13 @@ from mlx_diffgemma.writing import Content, Part, Reasoning, ToolCall
 from support.tiny_tokenizer import CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 USER = {"role": "user", "content": "Why?"}
-#: What a prompt holds of a thought that it opens.
+#: The end of a prompt that opens a thought.
 OPENED = "thought\n"
 PARIS = ToolCall("get_weather", {"city": "Paris"})
 CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
 NESTED = "[" * 99 + "]" * 99
 
-#: name: (text of the reply, its parts), or with what the prompt holds of a thought before them.
+#: name: (text of the reply, its parts), optionally preceded by the part of a thought that is in the prompt.
 REPLIES: dict[str, tuple] = {
     "nothing": ("", []),
     "white space": (" \n", []),
@@ -120,7 +120,7 @@ REPLIES: dict[str, tuple] = {
 
 
 def merged(parts: list[Part]) -> list[Part]:
-    """With stretches of one kind that follow each other as one."""
+    """The parts, with neighbours of one kind joined."""
     result: list[Part] = []
     for part in parts:
         if result and not isinstance(part, ToolCall) and type(part) is type(result[-1]):
@@ -167,7 +167,7 @@ def test_parts_come_as_early_as_they_are_certain():
         ("<|tool_call>", []),
         ('call:get_weather{city:<|"|>Paris<|"|>}<tool_call|', []),
         ("> ", [PARIS]),
-        ("<|tool_call>call:f{a,", [Content(" call:f{a,")]),  # no key ends in a comma
+        ("<|tool_call>call:f{a,", [Content(" call:f{a,")]),  # a key cannot end with a comma
         ("<|tool_call>call:f{b:<|", []),
         ("turn>", [Content("call:f{b:")]),
         ("more", []),
@@ -178,12 +178,12 @@ def test_parts_come_as_early_as_they_are_certain():
 
 
 def test_a_long_call_is_read_in_linear_time():
-    # 40,000 pieces: reading the call anew for each of them would take minutes
+    # 40,000 pieces: reading the call again for each of them would take minutes
     text = "<|tool_call>call:f{a:[" + "1," * 20_000 + "]}<tool_call|>"
     assert parse(list(text)) == [ToolCall("f", {"a": [1] * 20_000})]
 
 
-# --- replies as the chat templates write them
+# --- replies rendered by the chat templates
 
 characters = st.characters(exclude_categories=["Cs"])
 plain = st.text(characters, max_size=12).filter(lambda text: not any(marker in text for marker in MARKERS))
@@ -228,7 +228,7 @@ def test_what_the_template_writes_is_read_and_written_again(tokenizer, reasoning
     expected = [part for part in written if isinstance(part, ToolCall) or (part.text and (shown or isinstance(part, Content)))]
 
     parts = parse(cut(whole.removeprefix(prompt), places), tokenizer.opened_thought(tokenizer.encode(prompt, markup=True)))
-    as_json = [json.dumps(message_of(some), sort_keys=True) for some in (parts, expected)]  # tells 1, 1.0 and True apart
+    as_json = [json.dumps(message_of(some), sort_keys=True) for some in (parts, expected)]  # distinguishes 1, 1.0 and True
     assert as_json[0] == as_json[1]
     assert [type(part) for part in parts] == [type(part) for part in expected]
     assert tokenizer.render([USER, message_of(parts)], add_generation_prompt=False) == whole
@@ -242,14 +242,14 @@ def test_a_prompt_that_ends_in_an_open_thought(tokenizer):
     if prompt.endswith("<|channel>thought\n"):
         assert thought == OPENED
         assert parse(["Noon.\n<channel|>It is noon."], thought) == [Reasoning("Noon."), Content("It is noon.")]
-    else:  # the older template has the model open it
+    else:  # with the older template, the model opens it
         assert prompt.endswith("<tool_response|>")
         assert thought is None
         text = "<|channel>thought\nNoon.\n<channel|>It is noon."
         assert parse([text], thought) == [Reasoning("Noon."), Content("It is noon.")]
 
 
-# --- any markup
+# --- arbitrary markup
 
 fragments = [
     "call:f",

@@ -1,4 +1,4 @@
-"""The causal mode and the score as a user meets them: in the pipeline, on the command line and on the terminal."""
+"""The causal mode and scores as a user sees them: in the pipeline, on the command line and on the terminal."""
 
 import json
 import math
@@ -137,14 +137,14 @@ def test_bad_input_of_the_pipeline(model: DiffusionGemma) -> None:
         (lambda: model.score([]), "the text is empty"),
         (lambda: model.score("a", ""), "the prompt is empty"),
         (lambda: model.score([10**6]), "token id 1000000 is outside the vocabulary"),
-        (lambda: model.score([5] * CONTEXT), f"has {CONTEXT + 1} tokens; the model's context is {CONTEXT}; shorten it"),
+        (lambda: model.score([5] * CONTEXT), f"have {CONTEXT + 1} tokens, but the model's context is {CONTEXT}; shorten them"),
     ]
     for call, told in cases:
         with pytest.raises(InputError) as error:
             call()
         assert told in str(error.value)
         assert "\n" not in str(error.value)
-    model.stream("a", mode="causal", t_max=None)  # not given, as the command line says it
+    model.stream("a", mode="causal", t_max=None)  # the command line passes None for an option that was not given
 
 
 # The command line.
@@ -233,7 +233,7 @@ def test_text_is_shown_by_tokens_and_characters_are_whole(tokenizer: Tokenizer, 
 def test_live_view_of_tokens(tokenizer: Tokenizer) -> None:
     screen, text = Screen(60, 24), "The sky\nis 日本語 \x1b[2J🌊."
     tokens = spelled(tokenizer, text)
-    groups: list[list[Event]] = []  # a token and the text that it makes certain; and the end
+    groups: list[list[Event]] = []  # a token with the text that it makes certain; finally the end
     for event in spelling(tokenizer, tokens):
         if isinstance(event, Token | Generation):
             groups.append([])

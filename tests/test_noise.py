@@ -1,4 +1,4 @@
-"""The counter-based noise: its check values, its distribution, and that the backends make the same on their device."""
+"""The counter-based noise: its check values, its distribution, and its agreement with the backends' own noise."""
 
 import math
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_canvas_tokens_are_uniform(vocab_size: int) -> None:
     assert tokens.max() < vocab_size
     bins = 64
     counts = np.bincount((tokens.ravel().astype(np.int64) * bins) // vocab_size, minlength=bins)
-    # ids fall into bins unevenly where the vocabulary is not a multiple of their number
+    # bins hold unequal numbers of ids if the vocabulary is not a multiple of the number of bins
     expected = np.bincount((np.arange(vocab_size) * bins) // vocab_size, minlength=bins) * (tokens.size / vocab_size)
     chi_square = ((counts - expected) ** 2 / expected).sum()
     deviations = (chi_square - (bins - 1)) / math.sqrt(2 * (bins - 1))
@@ -81,13 +81,13 @@ def test_gumbel_moments_and_draws() -> None:
     probabilities = np.exp(logits) / np.exp(logits).sum()
     counts = np.bincount((logits + gumbel).argmax(axis=1), minlength=64)
     off = np.abs(counts - len(keys) * probabilities) / np.sqrt(len(keys) * probabilities * (1 - probabilities))
-    # of rare tokens a few draws are many standard deviations
+    # a few draws of a rare token are many standard deviations
     common = len(keys) * probabilities > 10
     assert off[common].max() < 5, f"token {off[common].argmax()} is drawn {off[common].max():.1f} standard deviations off"
 
 
 def unmix(word: int) -> int:
-    """The word that :func:`noise.mix` turns into ``word``."""
+    """The inverse of :func:`noise.mix`: the word that it turns into ``word``."""
     word ^= word >> 16
     word = word * pow(0x846CA68B, -1, WORDS) % WORDS
     word ^= (word >> 15) ^ (word >> 30)
@@ -105,7 +105,7 @@ def test_gumbel_at_both_ends() -> None:
 
 
 def gumbel_on_device(backend_name: str, words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """The Gumbel noise of mixed ``words``, made by the backend's own function."""
+    """The Gumbel noise of mixed ``words``, from the backend's own function."""
     if backend_name == "torch":
         import torch
 
@@ -193,7 +193,7 @@ def test_without_keys_nothing_is_drawn_and_frozen_positions_answer_themselves(
         assert not result.entropy[~free].any()
         assert_close(result.entropy[free], unpinned.entropy[free], 1e-6, f"{backend_name}: entropy of free positions")
         assert (result.argmax[free] == unpinned.argmax[free]).all()
-    # Beside one that draws and one that is frozen, a row that is neither answers as it did.
+    # A plain row is unchanged by a row that draws and a frozen row in the same pass.
     first, second = ours.denoise([given[0], rows[1]])
     assert (first.argmax[~free] == frozen[~free]).all()
     assert (second.sampled == plain[1].sampled).all()

@@ -1,7 +1,7 @@
-"""The server's page: what its files may hold, and what it does in a browser.
+"""The server's page: the contents of its files, and its behaviour in a browser.
 
-The browser is Chromium, driven by playwright. Where either is missing those tests are skipped, unless
-``MLX_DIFFGEMMA_TEST_BROWSER`` is set, to the path of a browser or to 1: then they fail.
+The browser is Chromium, driven by playwright. If either is missing, the browser tests are skipped. If
+``MLX_DIFFGEMMA_TEST_BROWSER`` is set, to the path of a browser or to 1, they fail instead.
 """
 
 import fnmatch
@@ -28,7 +28,7 @@ PAGE = ROOT / "mlx_diffgemma" / "server" / "page"
 FILES = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
-#: A puzzle that takes the boxed model 16 steps with this seed, in which cells are taken back.
+#: With this seed the boxed model takes 16 steps for this puzzle, and takes cells back.
 PUZZLE, SEED = ".5..3......4..3.1...2...12.....4..61", 1
 
 WANTED = os.environ.get("MLX_DIFFGEMMA_TEST_BROWSER")
@@ -71,7 +71,7 @@ def test_page_is_complete_and_packaged() -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_entropy_is_ordered_by_lightness_and_text_readable(scheme: str) -> None:
-    """WCAG 2.2: a contrast of 4.5 for text. The luminance of the colours falls, or in the dark rises, with the entropy."""
+    """WCAG 2.2: text has a contrast of 4.5. The luminance of the colours falls with the entropy, or rises in dark mode."""
     sheet = FILES["page.css"]
     pairs = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", sheet)
     colours = {name: light if scheme == "light" else dark for name, light, dark in pairs}
@@ -130,7 +130,7 @@ def browser() -> Iterator[Any]:
 
 
 class Visit:
-    """A page that is open, and what it complained about and asked for."""
+    """An open page, with its console messages, errors and requests."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self.context = browser.new_context(reduced_motion="reduce", viewport={"width": 1200, "height": 800})
@@ -142,14 +142,14 @@ class Visit:
         self.page.goto(address)
 
     def ask(self, prompt: str) -> None:
-        """Send a prompt and wait until the reply has ended, one way or the other."""
+        """Send a prompt and wait until the reply ends, in whichever way."""
         self.page.fill("#prompt", prompt)
         self.page.click("#start")
         self.ended()
 
     def ended(self) -> None:
         self.page.wait_for_selector("#start", state="visible")
-        self.page.evaluate("new Promise(requestAnimationFrame)")  # what was received last is drawn
+        self.page.evaluate("new Promise(requestAnimationFrame)")  # the last received data is drawn
 
     def canvas(self) -> list[tuple[str, str]]:
         """Text and class of each cell."""
@@ -168,7 +168,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[[str], Visit]]:
-    """``visit(address)``: a fresh page on it, which must in the end have asked no other origin for anything."""
+    """``visit(address)`` opens a new page there. After the test, the page must have sent no request to another origin."""
     visits: list[tuple[str, Visit]] = []
 
     def go(address: str) -> Visit:
@@ -183,7 +183,7 @@ def visit(browser: Any) -> Iterator[Callable[[str], Visit]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The real server with the boxed model; its address."""
+    """Run the real server with the boxed model; gives its address."""
     import uvicorn
 
     from mlx_diffgemma import load
@@ -281,14 +281,14 @@ def post(server: str, body: dict[str, Any]) -> Any:
         return json.load(response)
 
 
-# ---- Against a server that answers what the test says
+# ---- Against a server with scripted responses
 
 
 class Scripted:
-    """Serves the page, and answers each question with the next of ``answers``; keeps the questions.
+    """Serves the page, answers each question with the next item of ``answers``, and records the questions.
 
-    An answer is a list of chunks, of which bytes are sent as they are; or a status and a JSON object. After None the stream
-    stays open until the client leaves, which sets ``left``.
+    An answer is a list of chunks, or a status and a JSON object. Chunks of bytes are sent unchanged. After None the stream stays
+    open until the client leaves, which sets ``left``.
     """
 
     def __init__(self) -> None:
@@ -362,7 +362,7 @@ def scripted() -> Iterator[Scripted]:
     served.server.server_close()
 
 
-#: Has a page receive streams a byte at a time.
+#: Makes a page receive streams one byte at a time.
 SPLIT = """() => {
     const whole = fetch;
     globalThis.fetch = async (...asked) => {
@@ -394,7 +394,7 @@ def draft(block: int, step: int, cells: list[str], entropy: list[float], accepte
 
 
 def test_what_a_model_writes_is_text(scripted: Scripted, visit: Callable[[str], Visit]) -> None:
-    """Also where events, lines and characters are split over the stream's chunks."""
+    """Also works if chunks of the stream split events, lines and characters."""
     nasty = "<img src=x onerror=\"document.title='broken into'\"> 日本語 🌤 <script>document.title=1</script>"
     call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": nasty, "arguments": '{"a":'}}
     rest = {"index": 0, "function": {"arguments": ' "<b>b</b>"}'}}

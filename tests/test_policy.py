@@ -1,4 +1,4 @@
-"""Whose turn it is, as pure functions: against what the words say, and in plain simulations of many turns."""
+"""The scheduling policy, as pure functions: against its documentation, and in plain simulations of many turns."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ CACHE = FakeCache()
 
 @dataclass(frozen=True)
 class Asking:
-    """A request that waits."""
+    """A waiting request."""
 
     client: str
     idle: bool = False
@@ -114,22 +114,22 @@ def test_who_begins_next(waiting: list[Asking], running: list[Asking], served: d
 
 @dataclass
 class Job:
-    """A request of a simulation: its calls, one after the other, from the turn in which it arrives."""
+    """A request in a simulation: its calls, in order, starting in the turn in which it arrives."""
 
     client: str
     arrives: int
     calls: list[Call]
     idle: bool = False
-    waits: list[int] = field(default_factory=list)  # for each call, the turns for which it waited
+    waits: list[int] = field(default_factory=list)  # the turns that each call waited
 
 
 @dataclass
 class Simulation:
-    """Clients whose jobs all take part at once; a turn takes one unit of time.
+    """Clients whose jobs all take part at once. A turn takes one unit of time.
 
     Attributes:
         passes: the jobs in each pass.
-        unserved: for each client, the longest that it has waited with calls of requests and none of them performed.
+        unserved: for each client, the longest time in which it had waiting calls of requests and none was performed.
     """
 
     jobs: Sequence[Job]
@@ -139,7 +139,7 @@ class Simulation:
 
     def run(self) -> "Simulation":
         served: dict[str, int] = {}
-        pending: list[Job] = []  # in the order in which their calls came
+        pending: list[Job] = []  # in the order of their calls' arrival
         since, done, ready = {}, Counter[int](), Counter[str]()
         coming = sorted(self.jobs, key=lambda job: job.arrives)
         turn = 0
@@ -195,7 +195,7 @@ def test_no_client_waits_for_more_turns_than_there_are_others(jobs: list[Job], m
 @settings(max_examples=300, deadline=None)
 @given(_JOBS, st.integers(1, 4))
 def test_idle_work_delays_nobody(jobs: list[Job], max_batch: int) -> None:
-    """What requests wait is the same as without it; only its client's place is kept, as long as there is some."""
+    """Requests wait as long as without idle work. Idle work only keeps its client's place while there is some."""
     simulation = Simulation(jobs, max_batch).run()
     for chosen in simulation.passes:
         assert len({job.idle for job in chosen}) == 1
@@ -210,7 +210,7 @@ def test_idle_work_delays_nobody(jobs: list[Job], max_batch: int) -> None:
 def test_equal_requests_take_as_few_passes_as_there_can_be(
     clients: int, each: int, count: int, max_batch: int, data: Any
 ) -> None:
-    """Their canvases need not be of one length."""
+    """The canvases may have different lengths."""
     lengths = st.integers(1, 9)
     jobs = [Job(CLIENTS[index % clients], 0, [rows(data.draw(lengths)) for _ in range(count)]) for index in range(clients * each)]
     passes = Simulation(jobs, max_batch).run().passes

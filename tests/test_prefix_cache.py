@@ -1,4 +1,4 @@
-"""Kept caches: what is found is what encoding afresh would give; what is kept is bounded, and costs nothing to keep."""
+"""Kept caches: a cached prefix equals a freshly encoded one, the total size is bounded, and keeping a cache costs nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from support.fake import FakeBackend, FakeCache
 
 LoadBackend = Callable[..., Backend]
 
-#: Ends a turn; and what a reply begins behind.
+#: The token that ends a turn, and the token before a reply.
 END, START = 9, 8
 CANVAS = 4
 RULE = PieceRule(CANVAS, (END,), ((START,),))
@@ -36,13 +36,13 @@ def random_tokens(backend: Backend, count: int, seed: int = 0) -> NDArray[np.int
 
 
 def after(backend: Backend, cache: Any, canvas: NDArray[np.int32]) -> list[NDArray[np.float32]]:
-    """Logits of a canvas behind a cache, and of the token that comes next."""
+    """Logits of a canvas after a cache, and of the next token."""
     return [backend.logits([Row(canvas, cache, 1.0)])[0], backend.next_logits([cache])[0]]
 
 
 @pytest.mark.parametrize("place", [1, 3, 20], ids=["shorter than the window", "at its edge", "longer"])
 def test_a_fork_goes_on_as_a_new_cache(backend: LoadBackend, backend_name: str, place: int) -> None:
-    """The same pieces give the same bits, whether others have gone on from the same beginning or not."""
+    """The same pieces give the same bits, whether or not other texts have continued the same prefix."""
     loaded = backend(backend_name, "window_below_canvas")
     tokens, canvas = random_tokens(loaded, 40), random_tokens(loaded, 6, seed=1)
     beginning, rest, other = tokens[:place], tokens[place:], random_tokens(loaded, 30, seed=2)
@@ -81,7 +81,7 @@ def test_forks_share_what_is_committed(backend: LoadBackend, backend_name: str) 
 
 
 def test_what_is_found_is_what_encoding_afresh_gives(backend: LoadBackend, backend_name: str) -> None:
-    """To the bit: a conversation of three turns whose replies are committed canvas by canvas, warm and cold."""
+    """Warm and cold results are equal to the bit, in a conversation of three turns committed canvas by canvas."""
     loaded = backend(backend_name, "window_below_canvas")
     length = loaded.config.canvas_length
     rule, kept = PieceRule(length, (END,), ((START,),)), PrefixCache()
@@ -100,11 +100,11 @@ def test_what_is_found_is_what_encoding_afresh_gives(backend: LoadBackend, backe
         text += reply
 
 
-# --- what is found, on a backend that keeps what it was asked
+# --- finding prefixes, on a backend that records its calls
 
 
 class Pieces(FakeCache):
-    """Keeps how its tokens came in: two caches of the same pieces are the same, bit for bit."""
+    """Records the pieces of its tokens. Two caches with the same pieces are equal, bit for bit."""
 
     def __init__(self, tokens: Sequence[int] = (), pieces: Sequence[Sequence[int]] = ()) -> None:
         super().__init__(tokens)
@@ -129,7 +129,7 @@ class PieceBackend(FakeBackend):
 
 
 def read_ids(kept: PrefixCache, ids: Sequence[int]) -> tuple[Context, list[list[int]]]:
-    """The context of a prompt, and what was encoded for it; checks that it is what reading afresh gives."""
+    """The context of a prompt and the pieces encoded for it. Asserts that reading it without a cache gives the same."""
     backend = PieceBackend()
     context = read(backend, ids_of(ids), RULE, kept)
     cold = read(PieceBackend(), ids_of(ids), RULE)
@@ -143,11 +143,11 @@ def read_ids(kept: PrefixCache, ids: Sequence[int]) -> tuple[Context, list[list[
 def write(
     kept: PrefixCache, context: Context, reply: Sequence[int], step: int = CANVAS, *, scored: bool = False
 ) -> list[list[int]]:
-    """Have the context's cache go on with a reply as the samplers do, and keep it; what is encoded to keep it.
+    """Continue the context's cache with a reply as the samplers do, and keep it. Returns the pieces encoded to keep it.
 
     Args:
-        step: tokens that are committed at a time.
-        scored: the last of them too.
+        step: tokens committed at a time.
+        scored: whether the last part is committed too, as scoring does.
     """
     sampler, backend = PieceBackend(), PieceBackend()
     parts = [reply[start : start + step] for start in range(0, len(reply), step)]
@@ -180,7 +180,7 @@ def test_the_first_turn_is_a_place_to_begin_from() -> None:
 
 
 def test_a_prompt_is_a_place_to_go_on_from() -> None:
-    """The next prompt begins as this one did, whatever the template makes of the reply."""
+    """The next prompt begins with this prompt, whatever the template does with the reply."""
     kept, prompt = PrefixCache(), [1, END, 2, END, START]
     read_ids(kept, prompt)
     for reply in ([3, 4, END], [5, 6, 7, 5, 6, 7, END]):
@@ -224,7 +224,7 @@ REPLY = [1, 2, 3, 4, 5, 6, 7, 1, 2, END]
 def test_of_a_reply_only_what_was_committed_otherwise_is_encoded(
     reply: list[int], step: int, scored: bool, encoded: list[list[int]]
 ) -> None:
-    """Canvases that were committed as a later text is cut stay; the others are encoded, up to the last boundary that is sure."""
+    """Canvases committed at the cuts of a later text stay. The others are encoded, up to the last certain boundary."""
     kept, prompt = PrefixCache(), [1, END, START]
     context, _ = read_ids(kept, prompt)
     pieces = write(kept, context, reply, step, scored=scored)
@@ -238,14 +238,14 @@ def test_of_a_reply_only_what_was_committed_otherwise_is_encoded(
 
 @pytest.mark.parametrize("max_bytes", [0, 129])
 def test_nothing_is_encoded_that_cannot_be_kept(max_bytes: int) -> None:
-    """3 tokens of a prompt and 10 of a reply, of 10 bytes each, which were not committed as they will be cut."""
+    """3 tokens of a prompt and 10 of a reply, 10 bytes each, that were not committed at the cuts of a later text."""
     kept = PrefixCache(max_bytes)
     context, _ = read_ids(kept, [1, END, START])
     assert write(kept, context, REPLY, 1, scored=True) == []
 
 
 def test_a_conversation_keeps_some_places() -> None:
-    """Those of its first prompt, its last one and its last reply are among them."""
+    """They include the ends of its first prompt, its last prompt and its last reply."""
     kept, ids = PrefixCache(), [1, 2, END, START]
     places = [len(ids)]
     for turn in range(6):
@@ -261,7 +261,7 @@ def test_a_conversation_keeps_some_places() -> None:
 
 
 def test_a_turn_that_is_written_another_way_begins_behind_its_prompt() -> None:
-    """As where a template leaves a thought out of what it wrote before."""
+    """This happens when a template leaves out a thought from an earlier turn."""
     kept, ids = PrefixCache(), [1, 2, END, START]
     for turn in range(5):
         context, _ = read_ids(kept, ids)
@@ -294,13 +294,13 @@ turns = st.lists(
 @given(conversations=st.lists(turns, min_size=1, max_size=4), max_bytes=st.sampled_from([0, 150, 400, 1 << 20]))
 @settings(max_examples=200, deadline=None)
 def test_whatever_was_read_and_written_nothing_else_is_found(conversations: Any, max_bytes: int) -> None:
-    """Conversations that share beginnings: what is read has the pieces of reading afresh, and what is kept is in its bounds."""
+    """Conversations that share prefixes: reading gives the same pieces as without a cache, and kept bytes stay within bounds."""
     kept = PrefixCache(max_bytes)
     for conversation in conversations:
         ids = [1, 2, END]
         for turn in conversation:
             ids = [*([1, 2, END] if turn["anew"] else ids), *turn["asked"], END, START]
-            context, _ = read_ids(kept, ids)  # checks its pieces
+            context, _ = read_ids(kept, ids)  # asserts that its pieces are right
             reply = [*turn["reply"], END] if turn["ended"] else turn["reply"]
             write(kept, context, reply, turn["step"], scored=turn["scored"])
             assert kept.nbytes <= max_bytes
@@ -312,11 +312,11 @@ def test_whatever_was_read_and_written_nothing_else_is_found(conversations: Any,
 
 @dataclass(eq=False)
 class Shared:
-    """A cache of buffers that others share, and that grow for all; counts how often it and its forks are asked for them.
+    """A cache of shared buffers, which grow for all caches. Counts the calls of ``buffers`` on it and its forks.
 
     Attributes:
-        names: of the buffers.
-        sizes: bytes of all buffers there are, by name.
+        names: names of its buffers.
+        sizes: bytes of all existing buffers, by name.
     """
 
     names: tuple[int, ...]
@@ -340,12 +340,12 @@ class Shared:
 
 
 def single(number: int, size: int = 10) -> Shared:
-    """A cache of one buffer, which nothing shares."""
+    """A cache of one buffer that nothing else shares."""
     return Shared((number,), {number: size})
 
 
 def chain(*tokens: int) -> list[bytes]:
-    """Hashes of a text of one token a piece."""
+    """Hashes of a text with one token per piece."""
     return hashes(ids_of(tokens), range(1, len(tokens) + 1))
 
 
@@ -377,14 +377,14 @@ def test_what_is_kept_is_bounded() -> None:
 
 
 def taken(kept: PrefixCache, text: Sequence[bytes]) -> tuple[int, tuple[int, ...]] | None:
-    """How many pieces are found, and the names of the buffers they are in."""
+    """The number of pieces found, and the names of their buffers."""
     found = kept.take(text)
     assert found is None or isinstance(found[1], Shared)
     return None if found is None else (found[0], found[1].names)  # type: ignore[attr-defined]
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    """A longer text that is used uses its beginnings too."""
+    """Using a longer text also counts as using its prefixes."""
     kept = PrefixCache(max_bytes=40)
     for number, text in enumerate((chain(1), chain(1, 2), chain(3), chain(4))):
         kept.keep(text, single(number))
@@ -466,11 +466,11 @@ def test_what_grows_beyond_the_bound_is_dropped() -> None:
 
 @dataclass
 class Plain:
-    """What a prefix cache does, with everything counted anew each time."""
+    """A plain prefix cache that recomputes all counts every time."""
 
     max_bytes: int
     sizes: dict[int, int]
-    entries: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # texts and buffers; the last used last
+    entries: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # texts and buffers; the newest last
 
     @property
     def nbytes(self) -> int:
@@ -528,7 +528,7 @@ def test_the_books_are_those_of_counting_everything_anew(deeds: Any, max_bytes: 
 
 @pytest.mark.parametrize("count", [5, 500])
 def test_keeping_and_taking_touch_no_other_cache(count: int) -> None:
-    """Bookkeeping does not grow with what is kept: no other cache is asked for its buffers, and one's own is a few times."""
+    """The bookkeeping cost does not grow with the number of caches: it reads no other cache's buffers, its own a few times."""
     asked: Counter[str] = Counter()
     sizes = dict.fromkeys(range(-1, count), 10)
     kept, mine = PrefixCache(max_bytes=10 * count), Shared((-1,), sizes, asked, "mine")

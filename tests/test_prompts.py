@@ -1,4 +1,4 @@
-"""Where texts are cut: against a plain loop, and never by what comes later; and what is read off a chat template."""
+"""Where texts are cut: against a plain loop, and independent of later tokens; and the markers read from a chat template."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,7 +18,7 @@ from support.tiny_tokenizer import CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, write_tok
 
 WORD, END, OTHER_END, TURN, MODEL = range(5)
 
-#: Starts that overlap, that hold an end, and that end in one.
+#: Starts that overlap, that contain an end token, and that end with one.
 STARTS = [(), ((TURN, MODEL),), ((TURN, MODEL), (MODEL,)), ((TURN, TURN), (TURN, MODEL, TURN)), ((END, MODEL), (MODEL, END))]
 
 CANVASES = (1, 2, 7, 40, 256, CHUNK, CHUNK + 1)
@@ -29,7 +29,7 @@ rules = st.builds(
     ends=st.sampled_from([(), (END,), (END, OTHER_END)]),
     starts=st.sampled_from(STARTS),
 )
-#: Stretches of words, many of which end at a cut or beside one; what begins and ends replies; and any tokens.
+#: Stretches of words, many of which end at or next to a cut; markers that begin and end replies; and any tokens.
 words = st.builds(
     lambda step, count, more: [WORD] * max(0, step * count + more),
     step=st.sampled_from(CANVASES),
@@ -44,7 +44,7 @@ many = settings(max_examples=200, deadline=None)
 
 
 def cut_one_by_one(rule: PieceRule, ids: Sequence[int]) -> list[int]:
-    """The boundaries that are certain once the ids have been read, one after the other."""
+    """The boundaries that are certain after the ids are read, one by one."""
     cuts, begin, step = [], 0, CHUNK
     for place in range(1, len(ids) + 1):
         begins = any(tuple(ids[max(0, place - len(start)) : place]) == start for start in rule.starts)
@@ -68,7 +68,7 @@ def test_boundaries_are_those_of_reading_one_id_after_the_other(rule: PieceRule,
 @given(rule=rules, ids=texts, behind=texts, other=texts)
 @many
 def test_what_follows_moves_no_boundary(rule: PieceRule, ids: Any, behind: Any, other: Any) -> None:
-    """The boundaries of a text that lie within a beginning of it are the same whatever follows."""
+    """Boundaries within a prefix of a text are the same, whatever follows the prefix."""
     one, another = ([cut for cut in rule.boundaries(np.append(ids, more)) if cut < len(ids)] for more in (behind, other))
     assert one == another == [cut for cut in rule.boundaries(ids) if cut < len(ids)]
     if len(behind) and len(other):
@@ -103,7 +103,7 @@ def test_a_reply_ends_with_its_end() -> None:
 
 
 def test_a_long_text_is_cut_fast() -> None:
-    """No work for every token but NumPy's: half a million take milliseconds, and here have seconds."""
+    """Only NumPy does work per token. Half a million tokens take milliseconds; the limit here is seconds."""
     rule = PieceRule(canvas_length=256, ends=(END, OTHER_END), starts=((TURN, MODEL), (MODEL, END)))
     ids = np.full(500_000, WORD, np.int32)
     assert rule.boundaries(ids) == [*range(CHUNK, len(ids), CHUNK), len(ids)]
@@ -119,7 +119,7 @@ def test_chunks_make_up_the_ids(count: int) -> None:
     assert all(0 < len(part) <= CHUNK for part in parts)
 
 
-# --- what is read off a chat template
+# --- the markers read from a chat template
 
 USER = {"role": "user", "content": "Why?"}
 CALL = {"id": "1", "type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
@@ -161,7 +161,7 @@ def test_where_replies_begin(tokenizer: Tokenizer) -> None:
 
 
 def opens_thoughts(tokenizer: Tokenizer) -> bool:
-    """Whether the template opens the thought behind a tool's answer itself, as the newer one does."""
+    """Whether the template itself opens the thought after a tool's answer, as the newer one does."""
     return tokenizer.render(CALLED, enable_thinking=True).endswith("<|channel>thought\n")
 
 
@@ -199,7 +199,7 @@ def test_a_template_without_tools_or_turns(made: Callable[[str | None], Tokenize
 
 
 def test_the_boxed_template(boxed: Tokenizer) -> None:
-    """It has turns and no more: each begins with the same marker, whoever's it is."""
+    """Its template has only turns. Each begins with the same marker, whatever its role."""
     turn = boxed.token_id("<|turn>")
     assert boxed.reply_starts == ((turn,),)
     ids = np.array(boxed.chat([{"role": "user", "content": "1..4"}]), np.int32)

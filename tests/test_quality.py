@@ -1,4 +1,4 @@
-"""What a conversion costs: the figures against their definitions, and the command that prints them."""
+"""The quality loss of a conversion: the figures against their definitions, and the command that prints them."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ from support.reference import make_checkpoint
 from support.tiny_tokenizer import write_tokenizer
 
 CHAT = {**SHAPE, "text_config": {**SHAPE["text_config"], "vocab_size": VOCAB_SIZE}}
-LENGTH = 2000  # of the fake's canvas: enough that shares of noise show
+LENGTH = 2000  # of the fake's canvas; long enough for shares of noise to be measurable
 BOS = 2
 
 
@@ -39,12 +39,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a backend whose answers are known ---
 
 
-#: What a model was asked for its logits: the tokens, whether causally, and whether with self-conditioning.
+#: A call for a model's logits: the tokens, whether causal, and whether with self-conditioning.
 Question = tuple[NDArray[np.int32], bool, bool]
 
 
 def knowing(logits: NDArray[np.float32], conditioned: NDArray[np.float32], steps: int, asked: list[Question]) -> FakeBackend:
-    """Answers the same logits [V] everywhere, other ones where there is self-conditioning, and is sure after ``steps`` steps."""
+    """A backend with the same logits [V] everywhere, others with self-conditioning, and entropy 0 after ``steps`` steps."""
 
     def head(part: Piece | Row) -> NDArray[np.float32]:
         causal, signal = isinstance(part, Piece), getattr(part, "self_conditioning", None)
@@ -60,7 +60,7 @@ def knowing(logits: NDArray[np.float32], conditioned: NDArray[np.float32], steps
 
 
 def known(monkeypatch: pytest.MonkeyPatch, text: NDArray[np.int32]) -> tuple[Measurement, list[list[Question]]]:
-    """Measure two known backends; the result, and what either was asked."""
+    """Measure two backends with known logits. Returns the result and the calls that each received."""
     rng = np.random.default_rng(0)
     answers = rng.normal(0, 3, (2, 2, MODEL.vocab_size)).astype(np.float32)
     asked: list[list[Question]] = []
@@ -114,7 +114,7 @@ def test_passes_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_source_writes_what_the_text_lacks(given: int, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text = np.random.default_rng(1).integers(8, MODEL.vocab_size, given, dtype=np.int32)
     found, (asked, _) = known(monkeypatch, text)
-    expected = np.concatenate([text[:used], np.full(LENGTH + 1, 7)])[: LENGTH + 1]  # the fake writes nothing but sevens
+    expected = np.concatenate([text[:used], np.full(LENGTH + 1, 7)])[: LENGTH + 1]  # the fake writes only sevens
     np.testing.assert_array_equal(asked[0][0], expected)
     assert found.given == used
     assert found.conditions() == (
@@ -128,7 +128,7 @@ def test_what_is_kept_of_a_pass_is_bounded() -> None:
     falling = -np.arange(vocab_size + length, dtype=np.float32)
     falling[:length] = 0.0
     falling[length] = 20.0
-    logits = np.lib.stride_tricks.sliding_window_view(falling, vocab_size)[:length]  # the likeliest token of position p is L - p
+    logits = np.lib.stride_tricks.sliding_window_view(falling, vocab_size)[:length]  # the likeliest token at position p is L - p
     kept = module._log_softmax(logits)
     assert kept.shape == (64, vocab_size)
     assert kept.nbytes == module.KEPT_BYTES
@@ -141,7 +141,7 @@ def test_what_is_kept_of_a_pass_is_bounded() -> None:
 
 
 def test_fewer_bits_are_further_away(source: Path, tmp_path: Path) -> None:
-    """And BF16 is where it was; each in both backends."""
+    """And a BF16 copy has no divergence. Both hold in both backends."""
     text = np.random.default_rng(0).integers(0, VOCAB_SIZE, 17, dtype=np.int32)
     for backend in ("mlx", "torch"):
         divergences = []
@@ -222,10 +222,10 @@ def test_refusals_before_anything_is_written(source: Path, tmp_path: Path) -> No
     binary = tmp_path / "binary"
     binary.write_bytes(b"abc\xff")
     target = tmp_path / "out"
-    message = f"{binary}: not UTF-8 at byte 3; --measure-text takes plain text"
+    message = f"{binary}: not UTF-8 at byte 3; --measure-text needs plain text"
     refused(run(source, target, "--measure", f"--measure-text={binary}"), InputError, message)
     for option in (f"--measure-text={binary}", "--backend=mlx", "--device=cpu", "--dtype=float32"):
-        refused(run(source, target, option), InputError, "say how to measure; add --measure")
+        refused(run(source, target, option), InputError, "are for measuring; add --measure")
     mute = make_checkpoint(tmp_path / "mute", CHAT, bfloat16=True)
     refused(run(mute, target, "--measure"), CheckpointError, "neither tokenizer.json nor tokenizer.model is there")
     assert {path.name for path in tmp_path.iterdir()} == {"binary", "mute"}
@@ -237,7 +237,7 @@ def test_refused_pairs() -> None:
     other = replace(one, folder=Path("other"), config=replace(config, vocab_size=51))
     tight = replace(one, config=replace(config, max_position_embeddings=MODEL.canvas_length))
     text = np.zeros(1, np.int32)
-    with pytest.raises(InputError, match="other is no conversion of one: vocabulary or canvas length differ"):
+    with pytest.raises(InputError, match="other is not a conversion of one: the vocabulary or the canvas length differs"):
         measure(one, other, text)
     with pytest.raises(InputError, match="context is too short to measure"):
         measure(tight, tight, text)

@@ -1,4 +1,4 @@
-"""Quantized modules of both wings against ``mx.dequantize``, which defines the formats, and against each other."""
+"""Quantized modules of both backends against ``mx.dequantize``, which defines the formats, and against each other."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ COUNTS = np.array([0, 3, 0, 9, 1, 0])  # rows of each expert
 SHAPES = {"embed_tokens": (VOCABULARY, IN), "layers.1.q_proj": (OUT, IN), "layers.1.experts": (len(COUNTS), OUT, IN)}
 OUTPUTS = ("rows", "as_linear", "weighted_rows", "linear", "experts")
 
-# Every format with scales in BF16, as they are published, and one with each other type that is stored.
+# Every format with scales in BF16, as published, and one format with each other stored type.
 CASES = [(quantization, mx.bfloat16) for quantization in FORMATS]
 CASES += [(Quantization(64, bits), dtype) for bits in (4, 5) for dtype in (mx.float16, mx.float32)]
 each_case = pytest.mark.parametrize(
@@ -34,7 +34,7 @@ each_format = pytest.mark.parametrize("quantization", FORMATS, ids=identifier)
 
 
 def torch_graph(quantization: Quantization, dtype: torch.dtype) -> torch_nn.Module:
-    """An embedding, a linear map and experts, quantized on the meta device as loading does it."""
+    """An embedding, a linear map and experts, quantized on the meta device as in loading."""
     with torch.device("meta"):
         graph, layer = torch_nn.Module(), torch_nn.Module()
         graph.embed_tokens = torch_model.Embedding(SimpleNamespace(vocab_size=VOCABULARY, hidden_size=IN))
@@ -71,7 +71,7 @@ def run_torch(quantization: Quantization, packed: dict[str, Packed], dtype: torc
     graph = torch_graph(quantization, dtype)
     stored = {f"{path}.{name}": tensor for path, weight in packed.items() for name, tensor in weight.tensors.items()}
     assert {name: tensor.shape for name, tensor in graph.state_dict().items()} == {n: t.shape for n, t in stored.items()}
-    graph.load_state_dict(stored, assign=True)  # strict: names and shapes are the stored ones
+    graph.load_state_dict(stored, assign=True)  # strict: names and shapes must match the stored ones
     given = {name: torch.from_numpy(array) for name, array in inputs().items()}
     x, probabilities, rows = (given[name].to(dtype) for name in ("x", "probabilities", "sorted"))
     embedding, layer = graph.embed_tokens, graph.layers[1]
@@ -109,7 +109,7 @@ def test_dequantize_is_mlx_to_the_bit(quantization: Quantization, scales: mx.Dty
 
 @each_format
 def test_dequantize_reads_any_words(quantization: Quantization) -> None:
-    """Codes that mx.quantize never writes, too, and every scale but NaN."""
+    """Includes codes that mx.quantize never writes, and every scale except NaN."""
     rng = np.random.default_rng(1)
     words = mx.array(rng.integers(0, 2**32, (255, IN * quantization.bits // 32), np.uint32))
     shape = (255, IN // quantization.group_size)
@@ -140,7 +140,7 @@ def test_modules_in_float32(quantization: Quantization, scales: mx.Dtype) -> Non
 
 @each_case
 def test_modules_in_bfloat16(quantization: Quantization, scales: mx.Dtype) -> None:
-    """Inputs and results are rounded, sums are not: errors stay within 2^-7 of the largest value."""
+    """Inputs and results are rounded, sums are not. So errors stay within 2^-7 of the largest value."""
     packed = packed_weights(quantization, scales)
     reference = expected(packed)
     ours, theirs = run_torch(quantization, packed, torch.bfloat16), run_mlx(quantization, packed, mx.bfloat16)
@@ -156,7 +156,7 @@ def test_modules_in_bfloat16(quantization: Quantization, scales: mx.Dtype) -> No
     "quantization", [form for form in FORMATS if form.mode != "affine" or form.group_size == 64], ids=identifier
 )
 def test_a_matrix_that_is_widened_in_tiles(quantization: Quantization) -> None:
-    """On a CPU no more than 2^23 weights are; the second tile of these is not full."""
+    """On a CPU at most 2^23 weights are widened at once. The second tile here is not full."""
     rows = 2**23 // IN + 1000
     packed = pack(quantization, rows, IN, dtype=mx.bfloat16)
     with torch.device("meta"):
@@ -183,7 +183,7 @@ def test_unknown_formats_are_refused(group_size: int, bits: int, mode: str) -> N
     [
         ("layers.1.o_proj", Quantization(64, 4), CheckpointError, "no such module"),
         ("layers.1", Quantization(64, 4), CheckpointError, "layers.1 is quantized, but is not a matrix"),
-        ("layers.1.narrow", Quantization(64, 4), CheckpointError, "no whole number of groups"),
+        ("layers.1.narrow", Quantization(64, 4), CheckpointError, "not a whole number of groups"),
     ],
 )
 def test_what_cannot_be_quantized_is_named(path: str, quantization: Quantization, error: type, message: str) -> None:

@@ -1,7 +1,7 @@
-"""The language of records, and the infill of a model that was trained on it, on all backends.
+"""The language of records, and infill by a model trained on it, on all backends.
 
-``tests/data/records`` was written by ``python examples/records/train.py OUT``, with its default options. It has not learned to
-read a name off the tag behind it (``examples/records/results.json``), so that only :data:`LEARNED` is asked of it.
+``python examples/records/train.py OUT`` wrote ``tests/data/records``, with its default options. The model has not learned to
+read a name from the tag after it (``examples/records/results.json``), so only :data:`LEARNED` is tested.
 """
 
 import importlib
@@ -28,7 +28,7 @@ filling = importlib.import_module("filling")
 FOLDER = Path(__file__).parent / "data" / "records"
 LEARNED = (("age",), ("born",), ("tag",), ("born", "tag"))
 COUNT, LEAST_KNOWN = 20, 18
-#: Records with one hole whose length is not told, as every length is a row of its own.
+#: Records with one hole of unknown length. Few, because every possible length is a separate row.
 TRIED, LEAST_FOUND = 6, 5
 
 
@@ -64,7 +64,7 @@ def test_every_length_comes_and_fits() -> None:
 
 
 def test_what_is_cut_out_follows_from_the_rest() -> None:
-    """No two records of an exhaustive set are the same but for what was cut out."""
+    """In an exhaustive set, no two records differ only in the part that was cut out."""
     names = ["ab", "ba", "abc", "abcd"]
     every = [language.Record(name, age) for name in names for age in range(1, 100)]
     for cut in language.CUTS:
@@ -95,7 +95,7 @@ def test_the_tokenizer_of_the_checkpoint() -> None:
 
 @cache
 def filled(backend_name: str) -> tuple[Any, ...]:
-    """For 20 held-out records: what is written with the true lengths and, of the first with one hole, with lengths of 1 to 10."""
+    """Results for 20 held-out records with the true lengths, and for the first with one hole also with lengths of 1 to 10."""
     checkpoint = Checkpoint.open(FOLDER)
     backend = load_backend(checkpoint, backend_name, device="cpu", dtype="float32")
     known, tried = [], []

@@ -1,4 +1,4 @@
-"""Revising and proofreading: what may change and what may not, and what strength 0 and 1 are."""
+"""Revising and proofreading: which tokens may change, and the meaning of strength 0 and 1."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_as_many_are_replaced_as_the_strength_says_whatever_takes_their_place() 
 
 
 def original(draft: NDArray[np.int32], *kept: int) -> Original:
-    """A draft of which the tokens at some places are kept."""
+    """A draft whose tokens at some places are kept."""
     return Original(PROMPT, draft, np.isin(np.arange(len(draft)), kept))
 
 
@@ -106,7 +106,7 @@ def test_strength_1_is_a_cold_start(model: DiffusionGemma, raw: bool) -> None:
     for seed in range(4):
         revision = revise(model, TEXT, 1, prompt="Why?", raw=raw, seed=seed)
         count = len(model.tokenizer.encode(TEXT))
-        length = count if raw else (count + CANVAS) // CANVAS * CANVAS  # the end of the turn, and whole canvases
+        length = count if raw else (count + CANVAS) // CANVAS * CANVAS  # plus the end of the turn, rounded up to whole canvases
         generation = model.generate("Why?", raw=raw, seed=seed, max_new_tokens=length)
         assert (revision.text, revision.replaced) == (generation.text, length)
         assert revision.denoising_steps == generation.statistics.denoising_steps
@@ -191,10 +191,10 @@ def test_bad_strength(model: DiffusionGemma, strength: float) -> None:
 @pytest.mark.parametrize(
     ("spans", "told"),
     [
-        ([(0, 99)], "the span (0, 99) does not lie in the text of 10 characters"),
-        ([(3, 3)], "the span (3, 3) does not lie"),
-        ([(-1, 3)], "the span (-1, 3) does not lie"),
-        ([(5, 8), (2, 6)], "the span (5, 8) overlaps another one; join them"),
+        ([(0, 99)], "the span (0, 99) is empty or outside the text of 10 characters"),
+        ([(3, 3)], "the span (3, 3) is empty or outside"),
+        ([(-1, 3)], "the span (-1, 3) is empty or outside"),
+        ([(5, 8), (2, 6)], "the span (5, 8) overlaps another span; join them"),
     ],
 )
 def test_bad_spans(spans: list[tuple[int, int]], told: str) -> None:
@@ -211,7 +211,7 @@ def test_bad_input(model: DiffusionGemma) -> None:
         revise(model, TEXT, 0.5, seed=-1)
     with pytest.raises(InputError, match="exceed the model's context of 512 tokens"):
         revise(model, TEXT * 20, 0)
-    with pytest.raises(InputError, match="the text itself says how many tokens there are; leave out max_new_tokens"):
+    with pytest.raises(InputError, match="an edited text has its own length; leave out max_new_tokens"):
         revise(model, TEXT, 0.5, max_new_tokens=9)
     with pytest.raises(InputError, match="unknown option 'entropy_bounds'; did you mean entropy_bound"):
         revise(model, TEXT, 0.5, entropy_bounds=0.1)
@@ -228,7 +228,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     options = ("--strength", 0.6, "--seed", 4)
     result = run("revise", folder, "Why is\nthe sky blue?", *options)
     assert result.stdout_bytes.decode() == expected.text + "\n"
-    assert re.fullmatch(r"\d+ tokens replaced; denoising steps by block: [\d, ]+; seed: 4\n", result.stderr)
+    assert re.fullmatch(r"\d+ tokens replaced by noise; denoising steps by block: [\d, ]+; seed: 4\n", result.stderr)
     file = tmp_path / "text.txt"
     file.write_text("Why is\nthe sky blue?\n")
     assert run("revise", folder, "--file", file, "-q", *options).stdout_bytes == result.stdout_bytes

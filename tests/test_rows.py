@@ -1,4 +1,4 @@
-"""Rows and pieces of different texts in one pass: each comes out as it would alone."""
+"""Rows and pieces of different texts in one pass: each has the same result as alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ MIXES = 200
 
 @dataclass
 class Mix:
-    """Texts of which nothing is alike, and a row for each; some are in a later step of their canvas."""
+    """Texts that differ in everything, and a row for each. Some rows are in a later step of their canvas."""
 
     backend: Backend
     random: np.random.Generator
@@ -30,7 +30,7 @@ class Mix:
         return self.random.integers(0, self.backend.config.vocab_size, count).astype(np.int32)
 
     def cache(self) -> Cache:
-        """Cached lengths from nothing to several windows, encoded in one to three pieces."""
+        """A cache with a length from 0 to several windows, encoded in up to three pieces."""
         cache, window = self.backend.new_cache(), self.backend.config.sliding_window
         for _ in range(self.random.integers(0, 4)):
             self.backend.encode([Piece(self.tokens(int(self.random.integers(1, 2 * window + 2))), cache)])
@@ -63,7 +63,7 @@ class Mix:
 
 @dataclass
 class Differences:
-    """The largest that were found: of entropies and logits absolute, and RMS over RMS of what goes into the next step."""
+    """The largest differences: absolute for entropies and logits, RMS over RMS for the self-conditioning."""
 
     tokens: int = 0
     entropy: float = 0.0
@@ -78,7 +78,7 @@ class Differences:
 
 
 def test_unequal_rows_are_each_as_alone(backend: Load, backend_name: str) -> None:
-    """Bit for bit where a backend says that its rows are exact; elsewhere within rounding."""
+    """Equal bit for bit if the backend's rows are exact, otherwise within rounding."""
     found, count = Differences(), 0
     for number in range(MIXES):
         ours = backend(backend_name, SHAPES[number % len(SHAPES)])
@@ -98,7 +98,7 @@ def test_unequal_rows_are_each_as_alone(backend: Load, backend_name: str) -> Non
 
 
 def test_unequal_pieces_are_each_as_alone(backend: Load, backend_name: str) -> None:
-    """Keys, values, log-probabilities and next logits, of texts that are encoded side by side."""
+    """Compares keys, values, log-probabilities and next logits of texts encoded in one pass."""
     largest = 0.0
     for number in range(40):
         ours = backend(backend_name, SHAPES[number % len(SHAPES)])
@@ -137,7 +137,7 @@ def test_what_a_row_must_be(backend: Load, backend_name: str) -> None:
     ours = backend(backend_name, "base")
     cache, canvas = ours.new_cache(), np.zeros(3, np.int32)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"canvas": np.zeros(ours.config.canvas_length + 1, np.int32)}, "is longer than the model's"),
+        ({"canvas": np.zeros(ours.config.canvas_length + 1, np.int32)}, "tokens exceeds the model's"),
         ({"canvas": np.zeros((1, 3), np.int32)}, "a list of at least one"),
         ({"canvas": np.array([0, 128], np.int32)}, "token id 128 is outside the vocabulary"),
         ({"frozen": np.zeros(2, np.int32)}, "frozen has shape"),

@@ -1,8 +1,8 @@
-"""The same bits, whatever is cached: conversations warm and cold, with edits, forks and evictions.
+"""The same bits, whatever is cached: warm and cold conversations, with edits, forks and evictions.
 
-Warm is a prefix cache that has seen everything before; cold is none. The two encode the same pieces, so that tokens and logits
-are the same by construction, and are compared bit for bit. :data:`COUNT` conversations of each template and backend run in the
-suite, and :data:`ALL` of each by ``pytest -m long tests/test_same_bits.py``.
+A warm conversation has a prefix cache that has seen everything before; a cold one has none. Both encode the same pieces, so
+tokens and logits are the same by construction. They are compared bit for bit. The suite runs :data:`COUNT` conversations of each
+template and backend, and ``pytest -m long tests/test_same_bits.py`` runs :data:`ALL` of each.
 """
 
 import shutil
@@ -51,7 +51,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @dataclass
 class Warmth:
-    """Positions that were found in a cache, and all that were read."""
+    """The number of positions found in a cache, and of all positions read."""
 
     cached: int = 0
     read: int = 0
@@ -64,7 +64,7 @@ def random_text(random: np.random.Generator) -> str:
 
 
 def options(random: np.random.Generator) -> dict[str, Any]:
-    """How to write a turn: mostly as later turns will be cut, and sometimes otherwise."""
+    """Options for a turn. Most commit tokens at the cuts of later turns, some do not."""
     chosen: dict[str, Any] = {"seed": int(random.integers(1 << 20)), "max_new_tokens": int(random.integers(1, 3 * CANVAS))}
     kind = random.random()
     if kind < 0.15:
@@ -87,7 +87,7 @@ def last(events: Any) -> Reply:
 
 
 def edit(chat: Conversation, random: np.random.Generator) -> None:
-    """Change what was said: an earlier user's text, the last reply, or everything behind a turn."""
+    """Edit the conversation: an earlier user message, the last reply, or everything after a turn."""
     places = [index for index, message in enumerate(chat.messages) if message["role"] == "user"]
     if not places:
         return
@@ -131,7 +131,7 @@ def converse(model: DiffusionGemma, seed: int, kept: PrefixCache, seen: Warmth) 
         assert replies[0].statistics.denoising_steps == replies[1].statistics.denoising_steps
         assert replies[0].logprobs == replies[1].logprobs
         if random.random() < 0.2:
-            kept.max_bytes = int(random.integers(1, 1 << 20))  # what has been used least goes
+            kept.max_bytes = int(random.integers(1, 1 << 20))  # evicts the least recently used
             kept.keep([b"nothing"], model.backend.new_cache())
 
 

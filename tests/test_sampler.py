@@ -1,4 +1,4 @@
-"""The sampler over a fake backend: every rule against the plainest way to write it. No framework is needed."""
+"""The sampler over a fake backend: every rule against its simplest implementation. No framework is needed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,14 +26,14 @@ def ids(*tokens: int) -> NDArray[np.int32]:
 
 PROMPT = ids(3, 1, 4)
 
-#: Of texts that stand side by side. No two are of one length; the first token says whose a row is.
+#: Prompts of texts that share passes. Their lengths differ, and the first token identifies the text.
 PROMPTS = [ids(0, 3, 1, 4), ids(1, 9), ids(2)]
 
 
 def run(
     backend: FakeBackend, config: GenerationConfig = CONFIG, prompt: NDArray[np.int32] = PROMPT, **given: Any
 ) -> tuple[list[Draft], list[Block]]:
-    """What is written of one text."""
+    """The drafts and blocks of one text."""
     return sorted_out(block_diffusion(backend, Text(prompt, **given), config))
 
 
@@ -45,7 +45,7 @@ def sorted_out(events: Iterator[Draft | Block] | Sequence[Draft | Block]) -> tup
 def side_by_side(
     backend: FakeBackend, config: GenerationConfig, texts: Sequence[Text], **options: Any
 ) -> list[tuple[list[Draft], list[Block]]]:
-    """What is written of each of several texts."""
+    """The drafts and blocks of each of several texts."""
     found: list[list[Draft | Block]] = [[] for _ in texts]
     for index, event in diffuse(backend, texts, config, **options):
         found[index].append(event)
@@ -110,7 +110,7 @@ def test_accepted_positions_take_the_sample_and_the_others_fresh_tokens() -> Non
 
 @pytest.mark.parametrize(("threshold", "steps"), [(0, 3), (1, 4), (2, 7)])
 def test_stability_threshold(threshold: int, steps: int) -> None:
-    # Sure of itself from the third step on; equal are steps 1 and 2, 3 and 4, and 5 to 8.
+    # The entropy is low from the third step on. Steps 1 and 2, 3 and 4, and 5 to 8 have equal tokens.
     canvases = [7, 7, 9, 9, 10, 10, 10, 10]
     backend = FakeBackend(lambda asked: full(canvases[asked.step - 1], 1.0 if asked.step < 3 else 0.1))
     drafts, blocks = run(backend, replace(CONFIG, stability_threshold=threshold))
@@ -265,7 +265,7 @@ def test_each_text_has_a_template_of_its_own() -> None:
     answers = [[9.0, 0.1, 9.0, 0.1, 0.1, 0.3], [1.0, 9.0, 1.0, 0.9, 1.0, 1.0], [0.2] * 6]
     texts = [Text(prompt, frozen=template) for prompt, template in zip(PROMPTS, frozen, strict=True)]
     backend = FakeBackend(lambda asked: full(7, answers[asked.cached[0]]))
-    # The free positions' means are 0.15, 0.98 and 0.2: over all positions the first would be 0.1.
+    # The means over free positions are 0.15, 0.98 and 0.2. Over all positions the first would be 0.1.
     config = replace(CONFIG, entropy_bound=0.0, confidence_threshold=0.15, stability_threshold=0, max_denoising_steps=2)
     written = side_by_side(backend, config, texts)
     assert [int(drafts[0].accepted.sum()) for drafts, _ in written] == [3, 2, 1], "the frozen ones and one more"
@@ -285,7 +285,7 @@ def test_frozen_over_several_blocks() -> None:
     frozen[[1, 4]] = 30, 31  # block 0; block 1 is free
     frozen[2 * L :] = 32, 33  # the head of block 2
     template = {0: [-1, 30, -1, -1, 31, -1], 2: [32, 33, -1, -1, -1, -1]}
-    backend = FakeBackend(lambda asked: full(7, 0.51))  # the free ones' mean is just over the threshold
+    backend = FakeBackend(lambda asked: full(7, 0.51))  # the mean over free positions is just over the threshold
     drafts, blocks = run(backend, replace(CONFIG, max_new_tokens=3 * L, max_denoising_steps=3, entropy_bound=0.0), frozen=frozen)
     assert [block.steps for block in blocks] == [3] * 3, "frozen positions lower the mean that stops a block"
     for asked, draft in zip(backend.asked, drafts, strict=True):
@@ -321,7 +321,7 @@ def test_stopping_to_read_stops_the_backend() -> None:
 
 
 def scrambled(asked: Asked) -> Answer:
-    """An answer that depends on all that a row is, and on nothing else; it settles now and then."""
+    """A result that depends on everything in the row and on nothing else. Some canvases settle."""
     row = asked.row
     state = noise.fold(*asked.cached, *asked.canvas, row.noise_key or 0, int(row.temperature * 1000))
     words = noise.bits(state, np.arange(3 * L, dtype=np.uint32)).reshape(3, L)
@@ -379,26 +379,26 @@ def test_an_unknown_batch() -> None:
         ({"seed": 2**64}, "between 0 and 2^64 - 1, got 18446744073709551616"),
         ({"seed": [1, 2]}, "a seed must be an integer between 0 and 2^64 - 1, got [1, 2]"),
         ({"seed": True}, "a seed must be an integer between 0 and 2^64 - 1, got True"),
-        ({"prompt": ids()}, "token ids must be a list of at least one, got shape [0]"),
-        ({"prompt": ids(), "cache": FakeCache()}, "token ids must be a list of at least one, got shape [0]"),
-        ({"prompt": np.array([[1, 2]], np.int32)}, "token ids must be a list of at least one, got shape [1, 2]"),
+        ({"prompt": ids()}, "token ids must be a list of at least one id, got shape [0]"),
+        ({"prompt": ids(), "cache": FakeCache()}, "token ids must be a list of at least one id, got shape [0]"),
+        ({"prompt": np.array([[1, 2]], np.int32)}, "token ids must be a list of at least one id, got shape [1, 2]"),
         ({"prompt": np.empty((1, 0), np.int32), "cache": FakeCache([1])}, "got shape [1, 0]"),
         ({"prompt": ids(0, V)}, f"token id {V} is outside the vocabulary of {V} tokens"),
         ({"prompt": ids(-2)}, "token id -2 is outside the vocabulary"),
-        ({"prompt": np.zeros(59, np.int32)}, "59 prompt tokens and 6 new ones, in canvases of 6, exceed"),
-        ({"cache": FakeCache(range(56))}, "59 prompt tokens and 6 new ones"),
+        ({"prompt": np.zeros(59, np.int32)}, "59 prompt tokens and 6 new tokens, in canvases of 6, exceed"),
+        ({"cache": FakeCache(range(56))}, "59 prompt tokens and 6 new tokens"),
         ({"config": replace(CONFIG, canvas_length=L + 1)}, "canvas_length 7 is larger than the model's 6"),
         ({"config": replace(CONFIG, max_new_tokens=61)}, "exceed the model's context of 64 tokens"),
         (
             {"canvas": np.zeros((2, L), np.int32)},
-            "canvas must be a list of at most 6 tokens, which 6 new ones make in whole canvases, got shape [2, 6]",
+            "canvas must be a list of at most 6 tokens (max_new_tokens 6 in whole canvases), got shape [2, 6]",
         ),
-        ({"canvas": np.full(L, V, np.int32)}, "canvas holds a token id outside the vocabulary of 50 tokens"),
-        ({"frozen": np.full(L, V, np.int32)}, "frozen holds a token id outside the vocabulary"),
+        ({"canvas": np.full(L, V, np.int32)}, "canvas has a token id outside the vocabulary of 50 tokens"),
+        ({"frozen": np.full(L, V, np.int32)}, "frozen has a token id outside the vocabulary"),
         ({"frozen": np.full(L + 1, -1, np.int32)}, "frozen must be a list of at most 6 tokens"),
         ({"frozen": np.full(L + 1, -1, np.int32)}, "got shape [7]"),
         ({"frozen": np.full((2, L), -1, np.int32)}, "got shape [2, 6]"),
-        ({"frozen": np.full(L, -2, np.int32)}, "frozen holds a token id outside the vocabulary"),
+        ({"frozen": np.full(L, -2, np.int32)}, "frozen has a token id outside the vocabulary"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_computed(options: dict[str, Any], expected: str) -> None:

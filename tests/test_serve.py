@@ -1,4 +1,4 @@
-"""``mlx-diffgemma serve`` as a process: what it says, how it stops, and that it can be killed."""
+"""``mlx-diffgemma serve`` as a process: its messages, its shutdown, and being killed."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def served(folder: Path, *arguments: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, once it is ready, and its address."""
+    """Start the server; gives the process, once it is ready, and its address."""
     command = [*PROGRAM, str(folder), "--port", str(port), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a small model: threads cost more than they give
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -124,13 +124,14 @@ def test_killed_under_load_and_started_again(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "other machines can reach 0.0.0.0: set --api-key, or say --no-api-key to let everybody in"),
+        (["--host", "0.0.0.0"], "other machines can reach 0.0.0.0; set --api-key, or use --no-api-key to let everybody in"),
         (["--host", "example.com"], "other machines can reach example.com"),
         (["--host", "192.0.2.1", "--no-api-key"], "cannot listen on 192.0.2.1, port 8000"),
         (["--api-key", "schlüssel"], "the API key must be ASCII"),
         (
             ["--max-body", "much"],
-            "--max-body 'much' is not a size; write it as 4GiB (powers of 1,024), 5GB (of 1,000) or in bytes",
+            "--max-body 'much' is not a size; write a number of bytes, or a size such as 4GiB (powers of 1,024) or 5GB "
+            "(powers of 1,000)",
         ),
         (["--batch", "quick"], "'quick' is not one of 'exact', 'fast'"),
     ],

@@ -1,4 +1,4 @@
-"""Whatever a client sends, the server answers, and what is wrong is the client's mistake: never a 500, and never silence."""
+"""The server responds to whatever a client sends. Errors are the client's: never a 500, and never no response."""
 
 import json
 from collections import Counter
@@ -55,7 +55,7 @@ _TOOLS = st.lists(st.builds(lambda function: {"type": "function", "function": fu
 _PROMPT = st.text(min_size=1, max_size=8)
 _IDS = st.lists(st.integers(0, 511), min_size=1, max_size=4)
 
-#: What may be asked for.
+#: Valid options of a request.
 _COMMON = {"seed": st.integers(-(2**63), 2**64 - 1), "temperature": st.floats(0, 2), "max_denoising_steps": st.integers(1, 2)}
 _GENERATING = _COMMON | {
     "n": st.integers(1, 2),
@@ -80,7 +80,7 @@ _BODIES = {
         optional=_COMMON | {"raw": st.booleans(), "canvas_length": st.integers(1, 8)},
     ),
 }
-#: One thing that may be wrong.
+#: At most one field that may be wrong.
 _NAMES = (*_GENERATING, "messages", "prompt", "template", "tools", "marker", "raw", "logprobs", "tool_choice", "model", "suffix")
 _FLAW = st.just({}) | st.dictionaries(st.sampled_from(_NAMES) | st.text(max_size=4), _WILD, min_size=1, max_size=1)
 _REQUEST = st.sampled_from(PATHS).flatmap(lambda path: st.tuples(st.just(path), _BODIES[path], _FLAW))
@@ -98,7 +98,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 
 def answered(client: httpx.Client, path: str, content: bytes | str) -> int:
-    """The status, after a look at the answer."""
+    """Send a request, check the response, and return its status."""
     response = client.post(path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:

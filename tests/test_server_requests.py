@@ -1,4 +1,4 @@
-"""Request bodies: what they mean, and what is said of those that mean nothing."""
+"""Request bodies: how they are read, and the errors for invalid ones."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ def chat(**body: Any) -> Any:
 
 
 def test_what_editors_send() -> None:
-    """Fields that clients send of their own accord, some of which have no effect here."""
+    """Fields that clients send by default. Some have no effect here."""
     request = chat(
         model="m", stream=True, stream_options={"include_usage": True, "x": 1}, parallel_tool_calls=False, top_p=0.9, user="u",
         metadata={"a": "b"}, reasoning_effort="low", frequency_penalty=0, presence_penalty=0.0, logit_bias={}, n=None, stop=None,
@@ -61,7 +61,7 @@ def test_messages_become_the_template_s() -> None:
 
 
 def test_strict_tools_are_taken_as_others() -> None:
-    """Agents ask for them by default; that it is no promise here is said in the answer."""
+    """Agents request strict tools by default. The response says that strict is ignored."""
     tool = {"type": "function", "function": {"name": "f", "strict": True}}
     assert chat(tools=[tool]).options.ignored == ("tools[].function.strict",)
 
@@ -106,7 +106,7 @@ def test_infills() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "images are not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content", "a string as its text"),
         ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "only the assistant"),
-        ({"messages": [USER, {"role": "tool", "tool_call_id": "b", "content": ""}]}, "messages[1].tool_call_id", "none of a"),
+        ({"messages": [USER, {"role": "tool", "tool_call_id": "b", "content": ""}]}, "messages[1].tool_call_id", "no tool call"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": True}, "temperature", "valid number"),
@@ -153,7 +153,7 @@ def test_arguments_that_are_none(arguments: Any) -> None:
     ("body", "param", "message"),
     [
         ({}, "prompt", "required"),
-        ({"prompt": ""}, "prompt[0]", "not empty"),
+        ({"prompt": ""}, "prompt[0]", "not be empty"),
         ({"prompt": []}, "prompt", "at least 1"),
         ({"prompt": [1, "a"]}, "prompt[0]", "a string or a list of token ids"),
         ({"prompt": [True]}, "prompt[0]", "a string or a list of token ids"),

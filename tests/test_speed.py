@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it leaves out, and what it refuses. How long a thing takes is not tested."""
+"""The benchmark: what it counts, what it leaves out, and its errors. Real times are not tested."""
 
 import dataclasses
 import json
@@ -29,10 +29,10 @@ Folder = Callable[..., Path]
 
 @dataclass
 class Clock:
-    """Passes of known times, each on its own kind of tokens: the first of a kind is slow.
+    """A clock for passes with known times. Each kind of pass has its own tokens, and the first pass of a kind is slow.
 
     Attributes:
-        passes: their kinds, in order.
+        passes: the kinds of all passes, in order.
     """
 
     now: float = 0.0
@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def clocked(checkpoint: Folder, clock: Clock) -> FakeBackend:
-    """A backend that takes known times on that clock, and is never sure of a canvas."""
+    """A backend that takes known times on that clock, and whose canvases never settle."""
     return FakeBackend(
         lambda asked: full(asked.canvas, 1.0, width=len(asked.canvas)),
         Checkpoint.open(checkpoint("base")).config,
@@ -68,8 +68,8 @@ def clocked(checkpoint: Folder, clock: Clock) -> FakeBackend:
 def test_warmup_does_not_count(clocked: FakeBackend, clock: Clock) -> None:
     config = GenerationConfig(max_new_tokens=12, max_denoising_steps=3, eos_token_ids=tuple(range(128)))
     result = bench(clocked, config, prompt_length=30, repeats=4, warmup=1)
-    # 1 + 4 prompts with a canvas behind them; 1 fills the cache, then 1 + 4 steps; a prompt and then 1 + 4 tokens; and the two
-    # blocks of the text, each encodes what comes before it and takes 3 steps
+    # 1 + 4 prompts with a canvas after each; 1 fills the cache, then 1 + 4 steps; a prompt, then 1 + 4 tokens; and the two
+    # blocks of the text, each of which encodes the tokens before it and takes 3 steps
     steps, text = ["prompt"] + ["denoise"] * 5, ["prompt"] + ["denoise"] * 3 + ["canvas"] + ["denoise"] * 3
     assert clock.passes == ["prompt", "canvas"] * 5 + steps + ["prompt"] + ["token"] * 5 + text
     signals = [asked.row.self_conditioning for asked in clocked.asked[:5]]
@@ -193,4 +193,4 @@ def test_text_of_the_command(checkpoint: Folder, backend_name: str) -> None:
 def test_command_exits_2_for_bad_input(checkpoint: Folder) -> None:
     run = CliRunner().invoke(main, ["bench", str(checkpoint("base")), "--prompt-length", "600"])
     assert run.exit_code == 2
-    assert "exceed the model's context of 512 tokens; shorten either" in run.stderr
+    assert "exceed the model's context of 512 tokens; use a shorter prompt or fewer new tokens" in run.stderr

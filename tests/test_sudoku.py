@@ -1,4 +1,4 @@
-"""The Sudoku of the demonstration: solver, rules, generator, the split of what training may see, and the tokenizer."""
+"""The demo's Sudoku: solver, rules, generator, the split into training and held-out puzzles, and the tokenizer."""
 
 import importlib
 import itertools
@@ -33,7 +33,7 @@ from mlx_diffgemma.demo.sudoku import (
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.tokenizer import Tokenizer
 
-# The example's scripts import each other as siblings, as a script's own folder allows.
+# The example's scripts import each other from their own folder.
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
 puzzles = importlib.import_module("puzzles")
 vocabulary = importlib.import_module("vocabulary")
@@ -72,7 +72,7 @@ def slow_solutions(cells: list[int], size: int) -> int:
 
 
 def symmetric_form(cells: tuple[int, ...], size: int, rng: random.Random) -> tuple[int, ...]:
-    """A random symmetric form, one elementary move at a time: another way to it than the vectorised one."""
+    """A random symmetric form, one elementary move at a time, unlike the vectorised implementation."""
     height, width = BOXES[size]
     rows = [list(cells[start : start + size]) for start in range(0, size * size, size)]
 
@@ -228,7 +228,7 @@ def test_symmetric_forms_stay_puzzles_on_their_side(size):
 
 
 def test_no_form_of_a_training_puzzle_is_a_held_out_one():
-    """4x4 is small enough for the two sides to meet often, if they could."""
+    """4x4 is small enough that both sides would often share a form, if that were possible."""
     rng = np.random.default_rng(0)
     training, _ = puzzles.make_puzzles(4, 3000, (5, 7), 0, False)
     held_out, _ = puzzles.make_puzzles(4, 500, (5, 7), 0, True)
@@ -236,11 +236,11 @@ def test_no_form_of_a_training_puzzle_is_a_held_out_one():
     tested = {form.tobytes() for _ in range(10) for form in puzzles.random_symmetry(rng, held_out)[0]}
     assert not seen & tested
     again = {form.tobytes() for _ in range(10) for form in puzzles.random_symmetry(rng, held_out)[0]}
-    assert len(tested & again) > 100  # so forms of one side do meet
+    assert len(tested & again) > 100  # so puzzles of one side do share forms
 
 
 def test_symmetries_reach_every_4x4_grid():
-    """Up to symmetry there are two, with 96 and 192 forms; without transposing, fewer would be reached."""
+    """There are two grids up to symmetry, with 96 and 192 forms. Without transposing, fewer would be reached."""
     rng = np.random.default_rng(0)
     reached = []
     for text, forms in (("1234341221434321", 96), ("1234341223414123", 192)):
@@ -261,13 +261,13 @@ def test_check_names_planted_errors():
     assert changed(5, 0) == ["row 2, column 2 is empty"]
     assert changed(5, 2) == ["row 2 has 2 2 times", "column 2 has 2 2 times", "box 1 has 2 2 times"]
     assert "row 1, column 1 holds 3, but the clue is 1" in changed(0, 3)
-    # A solution by the rules, but of another puzzle: each 1 becomes a 2 and each 2 a 1.
+    # A valid solution of another puzzle: each 1 becomes a 2, and each 2 a 1.
     swapped = Grid(tuple({1: 2, 2: 1}.get(digit, digit) for digit in answer))
     assert check(puzzle, swapped) == [
         "row 1, column 1 holds 2, but the clue is 1",
         "row 4, column 4 holds 2, but the clue is 1",
     ]
-    with pytest.raises(InputError, match="4x4, the answer 9x9"):
+    with pytest.raises(InputError, match="4x4, but the answer is 9x9"):
         check(puzzle, Grid.parse(WIKIPEDIA_SOLUTION))
 
 
@@ -337,7 +337,7 @@ def test_answers_decode_to_their_digits(folder):
     assert (from_tokens(tokens, 9) == solution).all()
     answer = [*tokens.tolist(), vocabulary.END_OF_TURN, vocabulary.PAD, vocabulary.PAD]
     assert Tokenizer.from_folder(folder).decode(answer) == WIKIPEDIA_SOLUTION
-    # and as anyone else would read the folder
+    # and as another program would read the folder
     assert AutoTokenizer.from_pretrained(folder).decode(answer, skip_special_tokens=True) == WIKIPEDIA_SOLUTION
 
 

@@ -1,4 +1,4 @@
-"""The summary of a checkpoint, against what is known of the released ones."""
+"""The summary of a checkpoint, against known facts about the released ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from mlx_diffgemma.reports.summary import LOGITS_AT_ONCE, summarize
 from support.checkpoints import HUB, make_hub_layout
 from support.real_layout import stored_tensors, total_bytes
 
-#: Billions of parameters of the released model, and all that are stored, counted from its headers.
+#: Billions of parameters of the released model, and of all stored tensors, counted from its headers.
 BILLIONS = {
     "experts": 22.838,
     "attention": 1.110,
@@ -43,7 +43,7 @@ def test_parameters_and_bytes_of_the_hub(hub: Callable[[str], Path], layout: str
     assert {part.name: round(part.parameters / 1e9, 3) for part in summary.parts} == BILLIONS
     assert summary.parameters == STORED
     assert summary.nbytes == total_bytes(HUB[layout]) == {"hub_bf16": 51_647_562_456, "hub_4bit": 16_542_844_632}[layout]
-    # "A4B": the experts that a token does not take are 15 of 16.
+    # "A4B": a token does not use 15 of 16 experts.
     assert summary.active_parameters == STORED - summary.parts[PARTS.index("vision")].parameters - 22_837_985_280 * 15 // 16
     assert round(summary.active_parameters / 1e9, 1) == 3.8
 
@@ -78,8 +78,8 @@ def test_memory(hub: Callable[[str], Path]) -> None:
     # Keys and values in BF16: 5 full layers of 2 heads of 512, 25 sliding ones of 8 heads of 256 in windows of 1,024.
     assert plain.cache_per_token == 2 * 2 * 5 * 2 * 512
     assert plain.cache_windows == 2 * 2 * 25 * 8 * 256 * 1023
-    # With room for a canvas, and for a quarter more or, of a window, for another canvas, up to a multiple of 32; a window begins
-    # at a multiple of the canvas's length: of 10,000 positions at 8,960.
+    # With room for a canvas, and for a quarter more (full layers) or another canvas (sliding layers), rounded up to a multiple
+    # of 32. A window begins at a multiple of the canvas's length: for 10,000 positions at 8,960.
     capacities = {10_000: (12_832, 1_568), 1023: (1_600, 1_536), 1: (352, 544)}
     for context, (full, sliding) in capacities.items():
         expected = full * plain.cache_per_token + sliding * 2 * 2 * 25 * 8 * 256
@@ -96,7 +96,7 @@ def test_context_outside_the_model(hub: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint.open(hub("hub_bf16"))
     assert summarize(checkpoint, 262_144).context == 262_144
     for context in (0, -1, 262_145):
-        with pytest.raises(InputError, match=f"context must lie between 1 and the model's 262144 tokens, got {context}"):
+        with pytest.raises(InputError, match=f"context must be from 1 to the model's 262144 tokens, got {context}"):
             summarize(checkpoint, context)
 
 
@@ -149,7 +149,7 @@ def test_memory_is_what_a_cache_holds(
     ours.encode([Piece(tokens, cache)])
     ours.denoise([row])
     assert 0 < cache.nbytes <= expected, "room that was made for less may do"
-    ours.encode([Piece(tokens[:1], cache.fork())])  # takes the room: the next canvas has new room made for it
+    ours.encode([Piece(tokens[:1], cache.fork())])  # takes the room, so the next canvas needs new room
     ours.denoise([row])
     assert cache.nbytes == expected, f"{backend_name} holds {cache.nbytes} bytes for {length} positions"
 

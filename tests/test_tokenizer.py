@@ -95,7 +95,7 @@ def reference(json_folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of its own, for damage."""
+    """A separate folder that the test may damage."""
     write_tokenizer(tmp_path)
     return tmp_path
 
@@ -232,7 +232,7 @@ def test_older_template_renders_the_older_released_templates_text(tmp_path):
 @pytest.mark.parametrize("case", MEDIA_CASES, ids=named)
 def test_media_are_refused_though_the_template_knows_them(json_folder, reference, case):
     assert reference.apply_chat_template(case["context"]["messages"], tokenize=False, **options(case)) == case["rendered"]
-    with pytest.raises(InputError, match=r"messages\[\d\]: (images|video|audio) (is|are) not supported yet; text only"):
+    with pytest.raises(InputError, match=r"messages\[\d\]: (images|video|audio) (is|are) not supported yet; send text only"):
         Tokenizer.from_folder(json_folder).render(case["context"]["messages"], **options(case))
 
 
@@ -297,8 +297,8 @@ def test_without_a_template_a_raw_prompt_is_asked_for(tmp_path):
         ([{"role": "user", "content": b"Hi"}], "content must be a string or a list of parts, got bytes"),
         ([{"role": "user", "content": ["Hi"]}], "must be a mapping with a type"),
         ([{"role": "user", "content": [{"text": "Hi"}]}], "must be a mapping with a type"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "with a string as its text"),
-        ([{"role": "user", "content": [{"type": "file", "text": "Hi"}]}], "'file' must be of type text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "must have a string as its text, got None"),
+        ([{"role": "user", "content": [{"type": "file", "text": "Hi"}]}], "must have the type text, got 'file'"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "audio is not supported yet"),
     ],
 )
@@ -324,9 +324,9 @@ def test_what_is_nested_too_deeply_is_an_input_error(tokenizer, markup):
         tokenizer.chat([*QUESTION, {"role": "assistant", "tool_calls": [call]}], markup=markup)
 
 
-# --- chat, where what the caller's strings spell is plain text
+# --- chat, where markup in the caller's strings is plain text
 
-#: Markup, beginnings and ends of it, letters and spaces.
+#: Markup, parts of markup, letters and spaces.
 spelled = st.lists(
     st.sampled_from(
         [*SPECIAL_TOKENS, *(token[:length] for token in SPECIAL_TOKENS for length in (1, 2, 4)), "turn>", "|>", "a", " "]
@@ -361,7 +361,7 @@ KNOWN_KEYS |= {"type", "text", "function", "properties", "enum"}
 
 
 def with_letters(value, key=""):
-    """The same conversation, of strings that spell nothing."""
+    """The same conversation with harmless strings: every character is an x."""
     if isinstance(value, str):
         fixed = key == "role" or (key == "type" and value in ("text", "object"))
         return value if fixed and "<" not in value and "|" not in value else re.sub(r"\S", "x", value)

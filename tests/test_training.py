@@ -1,4 +1,4 @@
-"""Training of the demonstration model: gradients against `transformers`, the same run twice, and what is written."""
+"""Training of the demo model: gradients against `transformers`, repeatable runs, and the written files."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ TINY = {"size": 4, "steps": 6, "batch_size": 8, "warmup": 2, "pool": 64, "held_o
 
 
 def random_batch(shape: str, *, self_conditioned: bool) -> Any:
-    """Random tokens, none of them padding, whose embedding `transformers` does not train where it is read."""
+    """Random tokens without padding, because `transformers` does not train the embedding of padding where it is read."""
     vocab_size, length = SHAPES[shape]["text_config"]["vocab_size"], SHAPES[shape]["canvas_length"]
     generator = torch.Generator().manual_seed(3)
 
@@ -40,7 +40,7 @@ def random_batch(shape: str, *, self_conditioned: bool) -> Any:
 
 
 def reference_losses(reference: Reference, batch: Any) -> Any:
-    """The two losses as :func:`objective.losses` defines them, through the graph of `transformers`."""
+    """The two losses defined by :func:`objective.losses`, computed with the graph of `transformers`."""
     model, cap = reference.model, reference.model.final_logit_softcapping
 
     def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_rows_in_training_see_what_a_text_alone_sees(shape: str, checkpoint: Cal
 
 
 def test_the_canvas_does_not_see_the_solution() -> None:
-    """Other solutions change what the causal pass says of the solution, and nothing that the canvas is made of."""
+    """Other solutions change the causal pass's result for the solution, but no input of the canvas."""
     trainer = training.Trainer(training.Options(**TINY))
     batch = objective.make_batch(*trainer.pool, 8, np.random.default_rng(0), "cpu")
     passes = []
@@ -124,11 +124,11 @@ def test_the_canvas_does_not_see_the_solution() -> None:
 
 
 def test_noise_of_a_batch() -> None:
-    """Replaced tokens are uniform; t is uniform, so that half of the canvas is replaced in the mean."""
+    """Replaced tokens are uniform. t is uniform, so on average half of the canvas is replaced."""
     trainer = training.Trainer(training.Options(**TINY))
     batches = [objective.make_batch(*trainer.pool, 64, np.random.default_rng(seed), "cpu") for seed in range(40)]
     changed = torch.cat([batch.noisy != batch.target for batch in batches]).double()
-    share = changed.mean().item() * 16 / 15  # one in 16 is replaced by itself
+    share = changed.mean().item() * 16 / 15  # one in 16 is replaced with itself
     spread = changed.mean(dim=1).std().item()
     halves = np.mean([batch.self_conditioned for batch in batches])
     print(f"{share:.3f} of all tokens replaced, {spread:.3f} standard deviation over the rows, {halves:.2f} self-conditioned")
@@ -190,7 +190,7 @@ def test_it_learns() -> None:
 
 
 def test_written_checkpoint(trained: Path, backend_name: str) -> None:
-    """Our backends and `transformers` read it, and compute the same logits."""
+    """Our backends and `transformers` read it and compute the same logits."""
     folder = trained / "checkpoint"
     prompts, canvases = np.random.default_rng(5).integers(0, 16, (2, 2, 20), dtype=np.int32)
     backend = load_backend(Checkpoint.open(folder), backend_name, dtype="float32")

@@ -1,4 +1,4 @@
-"""Conformance as a product: sound backends pass, and a backend that is wrong in one place fails and is told where."""
+"""The conformance report: correct backends pass, and a backend that is wrong in one place fails, with the place named."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_sound_backends_agree_with_transformers(checkpoint: Folder, shape: str, 
         assert all(abs(one.mean_kl) < 1e-8 and abs(one.median_kl) < 1e-8 and one.same_argmax == 1 for one in each.passes)
         assert (each.tokens, each.different_tokens, each.first_different) == (2 * report.canvas_length, 0, None)
         assert each.entropy < 1e-4
-    # two programs that round differently: had one been compared with itself, it would be 0
+    # two programs round differently; if one had been compared with itself, this would be 0
     assert max(one.max_abs for each in report.comparisons for one in each.passes) > 0
 
 
@@ -107,7 +107,7 @@ def scaled_layer(backend: Any) -> None:
 
 
 def swapped_scalars(backend: Any) -> None:
-    layer = backend.model.layers[1]  # the last one's scalar has no effect: the final norm follows
+    layer = backend.model.layers[1]  # the last layer's scalar has no effect, because the final norm follows
     layer.layer_scalar, layer.encoder_layer_scalar = layer.encoder_layer_scalar, layer.layer_scalar
 
 
@@ -151,7 +151,7 @@ def other_samples(backend: Any) -> None:
 
 @pytest.fixture
 def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Any], None]], None]:
-    """``sabotage(name, change)``: from now on that backend is changed after loading."""
+    """``sabotage(name, change)``: from then on, ``change`` is applied to that backend after loading."""
 
     def patch(wrong: str, change: Callable[[Any], None]) -> None:
         def load(opened: Checkpoint, name: str, **options: Any) -> Backend:
@@ -166,13 +166,13 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Any], 
 
 
 WRONG = [
-    (scaled_layer, "causal pass", "first hidden state to differ: layer 1"),
-    (swapped_scalars, "causal pass", "first hidden state to differ: layer 1"),
-    (encoder_scalar_everywhere, "first step", "first hidden state to differ: layer 0"),
+    (scaled_layer, "causal pass", "first hidden state that differs: layer 1"),
+    (swapped_scalars, "causal pass", "first hidden state that differs: layer 1"),
+    (encoder_scalar_everywhere, "first step", "first hidden state that differs: layer 0"),
     (softcap, "causal pass", "the hidden states agree, so look at the output head"),
-    (no_self_conditioning, "second step", "first hidden state to differ: embedding"),
-    (forgotten_commit, "second block", "first hidden state to differ: layer 0"),
-    (not_a_number, "causal pass", "first hidden state to differ: final norm"),
+    (no_self_conditioning, "second step", "first hidden state that differs: embedding"),
+    (forgotten_commit, "second block", "first hidden state that differs: layer 0"),
+    (not_a_number, "causal pass", "first hidden state that differs: final norm"),
     (other_samples, "tokens differ, the first at position", "though the logits agree"),
 ]
 
@@ -278,7 +278,7 @@ def test_reference_freezes_samples_and_encodes_as_the_backends_do(
 def test_reference_says_what_it_cannot_do(checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Checkpoint.open(checkpoint("base"))
     quantized = dataclasses.replace(opened, quantization={"layers.0.mlp.up_proj": Quantization(64, 4)})
-    with pytest.raises(BackendError, match="is quantized, and the reference reads unquantized weights only"):
+    with pytest.raises(BackendError, match="is quantized, but the reference reads only unquantized weights"):
         reference_module.load(quantized)
     config = json.loads((opened.folder / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 64
@@ -306,7 +306,7 @@ def test_reference_says_what_it_cannot_do(checkpoint: Folder, tmp_path: Path, mo
         ({"backends": ["torch"], "against": "torch"}, "nothing to compare torch with"),
         ({"backends": ["torch", "jax"]}, "unknown backend 'jax'; known are mlx, torch and reference"),
         ({"backends": ["torch", ""]}, "unknown backend ''"),
-        ({"backends": ["torch"], "against": "reference:cuda"}, "the reference runs on the cpu only"),
+        ({"backends": ["torch"], "against": "reference:cuda"}, "the reference backend runs on the cpu only"),
         ({"prompt_length": 0}, "prompt_length must be at least 1"),
         ({"prompt_length": 500}, "within the model's context of 512 tokens, got 500"),
         ({"canvas_length": 9}, "canvas_length must be 1 to 8"),

@@ -1,9 +1,9 @@
-"""Attention of some positions over the keys that they see, in bounded memory.
+"""Attention of queries over the keys that they see, in bounded memory.
 
-H query heads share K key-value heads in groups; N queries, S keys, D the head's size. Scores are not scaled.
+H query heads share K key-value heads in groups; N queries, S keys, D the head size. Scores are not scaled.
 
-MLX has no fused attention for every head size, and scores all keys at once where it has none. Over more than KEY_TILE of them the
-scores are therefore made a tile at a time, and summed as they come.
+MLX does not have fused attention for every head size. Where it has none, it scores all keys at once. Over more than KEY_TILE
+keys, this module therefore computes the scores in tiles and adds them up as it goes.
 """
 
 import mlx.core as mx
@@ -19,9 +19,10 @@ def bidirectional(queries: mx.array, keys: mx.array, values: mx.array) -> mx.arr
 
 
 def causal(queries: mx.array, keys: mx.array, values: mx.array, window: int | None) -> mx.array:
-    """The last N of the S keys are the queries' own positions; each query sees its own and the window - 1 before, or all before.
+    """Each query sees its own position and the window - 1 before it, or all before it if ``window`` is None.
 
-    A tile of queries at a time: no mask is larger than [QUERY_TILE, S].
+    The last N of the S keys are the queries' own positions. Queries are processed in tiles, so no mask is larger than
+    [QUERY_TILE, S].
     """
     count, total = queries.shape[2], keys.shape[2]
     tiles = []
@@ -39,7 +40,7 @@ def causal(queries: mx.array, keys: mx.array, values: mx.array, window: int | No
 
 
 def _causal_mask(count: int, total: int, window: int | None) -> mx.array | None:
-    """What ``count`` queries at the end of ``total`` keys see, [count, total]; None where that is all."""
+    """The mask [count, total] of ``count`` queries at the end of ``total`` keys; None if nothing is masked."""
     if count == 1:
         return None
     queries = mx.arange(total - count, total)[:, None]
@@ -51,7 +52,8 @@ def _causal_mask(count: int, total: int, window: int | None) -> mx.array | None:
 def _tiled(queries: mx.array, keys: mx.array, values: mx.array, *, unseen: int) -> mx.array:
     """Softmax over KEY_TILE keys at a time, in float32, with the largest score and the sum of weights so far.
 
-    Queries see all keys; with ``unseen``, which is their number, the last keys are their own and each sees none behind its own.
+    Queries see all keys if ``unseen`` is 0. Otherwise ``unseen`` is the number of queries, the last keys are their own
+    positions, and no query sees past its own.
     """
     (rows, heads, count, size), (_, shared, total, _) = queries.shape, keys.shape
     grouped = queries.astype(mx.float32).reshape(rows, shared, -1, size)  # [B, K, H / K * N, D]
@@ -67,5 +69,5 @@ def _tiled(queries: mx.array, keys: mx.array, values: mx.array, *, unseen: int) 
         weights, kept = mx.exp(scores - highest), mx.exp(most - highest)
         weight = weight * kept + weights.sum(axis=-1, keepdims=True)
         mixed, most = mixed * kept + weights @ tile_values, highest
-        mx.eval(mixed, weight, most)  # else the scores of many tiles would be there at once
+        mx.eval(mixed, weight, most)  # lazy evaluation would hold the scores of many tiles at once
     return (mixed / weight).reshape(rows, heads, count, size).astype(queries.dtype)

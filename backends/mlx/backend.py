@@ -1,4 +1,4 @@
-"""The MLX wing's side of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
+"""The MLX implementation of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> "MlxBackend":
     """Load ``checkpoint``; see :func:`mlx_diffgemma.backends.load_backend`.
 
-    MLX reads a tensor when it is first needed; evaluating one at a time keeps a single one in two types.
+    MLX reads a tensor when it is first needed. Tensors are evaluated one at a time, so only one is held in two types.
     """
     place = _device(device)
     dtype = dtype or ("float32" if place == mx.cpu else "bfloat16")
@@ -45,7 +45,7 @@ def _device(device: str | None) -> Any:
     if device not in ("cpu", "gpu"):
         raise InputError(f"unknown mlx device {device!r}; try cpu or gpu")
     if device == "gpu" and default == mx.cpu:
-        raise BackendError("device 'gpu' was asked for, but this build of MLX has only the CPU")
+        raise BackendError("device 'gpu' is not available: this build of MLX has only the CPU; use cpu")
     return mx.gpu if device == "gpu" else mx.cpu
 
 
@@ -71,7 +71,7 @@ class MlxBackend:
         self.model, self.config = model, model.config
         self.device, self.dtype = device.name, dtype
         self._place = device
-        # The BLAS of the wheel for Linux sums each output by itself, in order; Apple's CPU and GPU have not been measured.
+        # The BLAS in the Linux wheel sums each output separately, in order. Apple's CPU and GPU have not been measured.
         self.exact_rows = device.name == "cpu" and sys.platform == "linux"
 
     def new_cache(self) -> Cache:
@@ -147,7 +147,7 @@ class MlxBackend:
         return mx.get_peak_memory()
 
     def _stream(self, parts: Sequence[Piece | Row]) -> tuple[mx.array, list[Segment]]:
-        """Tokens int32 [T], and which of them are whose."""
+        """Tokens int32 [T], and the segment of each part."""
         tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
         for each in tokens:
             check_tokens(each, self.config)
@@ -157,7 +157,7 @@ class MlxBackend:
         return mx.array(np.concatenate(tokens)), segments
 
     def _soft_embeddings(self, rows: Sequence[Row]) -> mx.array | None:
-        """The rows' self-conditioning [T, H], zeros for those without; None where none has any."""
+        """The rows' self-conditioning [T, H], with zeros for rows without it; None if no row has it."""
         known = [row.self_conditioning for row in rows if row.self_conditioning is not None]
         if not known:
             return None

@@ -1,9 +1,9 @@
 """DiffusionGemma's text model in MLX.
 
-One stack of layers is run in two ways: causally, appending keys and values to a cache (*encode*), and over a canvas that sees
-a cache and the whole of itself (*denoise*). What goes through it is a stream of T tokens [T, H], the stretches of any number of
-texts one behind the other; only attention knows which are whose. Attribute names are the checkpoint's. The PyTorch twin of this
-file has the same classes in the same order. H hidden size, V vocabulary, D the size of a head.
+One stack of layers runs in two ways: causally, appending keys and values to a cache (*encode*), and over a canvas that sees a
+cache and all of itself (*denoise*). The input is a stream of T tokens [T, H]: stretches of any number of texts, one after
+another. Only attention distinguishes the texts. Attribute names are the checkpoint's. The PyTorch twin of this file has
+the same classes in the same order. H hidden size, V vocabulary, D head size.
 """
 
 import math
@@ -17,12 +17,12 @@ from mlx_diffgemma.backends.mlx import attention
 from mlx_diffgemma.backends.mlx.cache import Cache, LayerCache
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 
-#: What one layer's attention knows of a text: its part of the stream, how many texts that are, and the layer's cache.
+#: A text as one layer's attention sees it: its part of the stream, how many texts that part holds, and the layer's cache.
 Text = tuple[slice, int, LayerCache]
 
 
 class Segment(NamedTuple):
-    """One text's stretch of a stream: its tokens are those from ``start`` to ``stop`` - 1, and follow what is in ``cache``."""
+    """One text's stretch of a stream: the tokens from ``start`` to ``stop`` - 1, which come after those in ``cache``."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """The token table [V, H], in all three of its uses."""
+    """The token table [V, H] and its three uses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a weight where it has one; in float32."""
+    """x / rms(x), times a weight if it has one; in float32."""
 
     def __init__(self, size: int, eps: float, *, weighted: bool = True) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 class Rope:
-    """Cosines and sines [T, 1, D] of one kind of layer, repeated over the two halves of the head."""
+    """Cosines and sines [T, 1, D] for one kind of layer, repeated over the two halves of the head."""
 
     def __init__(self, layer: LayerConfig) -> None:
         self.frequencies = mx.array(layer.rope.inverse_frequencies(layer.head_dim), dtype=mx.float32)
@@ -78,7 +78,7 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries, keys and values, and scale 1. Full layers use the keys as values."""
+    """Grouped-query attention with normalized queries, keys and values, and scale 1. Full layers use the keys as values."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     def _attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, rows: int, cache: LayerCache, *, causal: bool
     ) -> mx.array:
-        """One text, or ``rows`` of one length: queries [T, heads, D] over what is in the cache and over themselves."""
+        """One text, or ``rows`` texts of one length: queries [T, heads, D] over the cache and over their own keys."""
         queries, keys, values = (
             x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in (queries, keys, values)
         )  # [B, heads, N, D]
@@ -129,7 +129,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts a token goes to, and their weights. Its input is the raw residual, which it norms itself."""
+    """Chooses the experts of a token, and their weights. Its input is the raw residual, which it normalizes itself."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -148,14 +148,14 @@ class Router(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """One linear map an expert, weight [E, out, in]."""
+    """One linear map per expert, weight [E, out, in]."""
 
     def __init__(self, num_experts: int, input_size: int, output_size: int) -> None:
         super().__init__()
         self.weight = mx.zeros((num_experts, output_size, input_size))
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        """Row m of x [M, 1, in] goes through expert ``experts[m]``; the rows are sorted by expert."""
+        """Send row m of x [M, 1, in] through expert ``experts[m]``. Rows are sorted by expert."""
         return mx.gather_mm(x, self.weight.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True)
 
 
@@ -166,7 +166,7 @@ class Experts(nn.Module):
         self.down_proj = ExpertLinear(config.num_experts, config.moe_intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array, weights: mx.array, experts: mx.array) -> mx.array:
-        """x [T, H] through its experts [T, K], summed by ``weights`` [T, K]."""
+        """Send each token of x [T, H] through its experts [T, K], and sum the results weighted by ``weights`` [T, K]."""
         order = mx.argsort(experts.flatten())  # T * K (token, expert) pairs, by expert
         chosen = experts.flatten()[order]
         gate, up = mx.split(self.gate_up_proj(x[order // experts.shape[1]][:, None], chosen), 2, axis=-1)
@@ -176,7 +176,7 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a dense MLP and the experts side by side. Each way of running has a scalar of its own."""
+    """Attention, then a dense MLP and the experts in parallel. Encode and denoise each have their own scalar."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """Adds to the canvas what the previous step believed, as soft embeddings; zeros in a block's first step."""
+    """Adds the previous step's probabilities to the canvas, as soft embeddings; zeros in a block's first step."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -231,12 +231,12 @@ class TextModel(nn.Module):
         self._ropes = {layer.layer_type: Rope(layer) for layer in config.layers}
 
     def encode(self, tokens: mx.array, segments: Sequence[Segment], trace: list[mx.array] | None = None) -> mx.array:
-        """Hidden states [T, H] of tokens [T], each of which sees those before it in its text; appends them to the caches."""
+        """Hidden states [T, H] of tokens [T]. Each token sees those before it in its text. Appends to the caches."""
         x = self._run(self.embed(tokens), segments, trace, causal=True)
         for start, stop, cache in segments:
             states = x[start:stop].reshape(cache.rows, -1, x.shape[1])
             cache.length += states.shape[1]
-            cache.last = mx.contiguous(states[:, -1])  # a view would keep the whole alive
+            cache.last = mx.contiguous(states[:, -1])  # a view would keep the whole array alive
         return x
 
     def denoise(
@@ -246,7 +246,7 @@ class TextModel(nn.Module):
         soft_embeddings: mx.array | None = None,
         trace: list[mx.array] | None = None,
     ) -> mx.array:
-        """Hidden states [T, H] of canvases [T], each of which sees its cache and all of itself."""
+        """Hidden states [T, H] of canvases [T]. Each canvas sees its cache and all of itself."""
         embeddings = self.embed(canvases)
         signal = mx.zeros_like(embeddings) if soft_embeddings is None else soft_embeddings
         return self._run(self.self_conditioning(embeddings, signal), segments, trace, causal=False)
@@ -269,7 +269,7 @@ class TextModel(nn.Module):
         return self._scaled(self.embed_tokens(tokens))
 
     def soft_embeddings(self, probabilities: mx.array) -> mx.array:
-        """The embeddings' mean [T, H] under probabilities [T, V]."""
+        """The mean embeddings [T, H] under probabilities [T, V]."""
         return self._scaled(self.embed_tokens.weighted_rows(probabilities))
 
     def _scaled(self, rows: mx.array) -> mx.array:

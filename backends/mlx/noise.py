@@ -1,10 +1,10 @@
-"""The noise of :mod:`mlx_diffgemma.noise`, made on the device."""
+"""The noise of :mod:`mlx_diffgemma.noise`, computed on the device."""
 
 import mlx.core as mx
 
 
 def words(bits: mx.array, count: int) -> mx.array:
-    """One word for each of ``count`` tokens at each position: uint32 [T, count] of a position's bits uint32 [T]."""
+    """One word for each of ``count`` tokens at each position: uint32 [T, count] from the positions' bits, uint32 [T]."""
     return mix(mx.arange(count, dtype=mx.uint32) ^ bits[:, None])
 
 

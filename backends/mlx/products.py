@@ -1,4 +1,4 @@
-"""Products with packed weights, by MLX's own operations. Results have the dtype of the activations."""
+"""Products with packed weights, using MLX's own operations. Results have the dtype of the activations."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def weighted_rows(
 def expert_linear(
     x: mx.array, experts: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, quantization: Quantization
 ) -> mx.array:
-    """Row m of x [M, 1, in] times the transpose of the matrix of ``experts[m]`` -> [M, 1, out]; rows are sorted by expert."""
+    """Row m of x [M, 1, in] times the transpose of the matrix of ``experts[m]`` -> [M, 1, out]. Rows are sorted by expert."""
     y = mx.gather_qmm(_summable(x), weight, scales, biases, rhs_indices=experts, sorted_indices=True, **_format(quantization))
     return y.astype(x.dtype)
 
@@ -42,5 +42,5 @@ def _format(quantization: Quantization) -> dict[str, Any]:
 
 
 def _summable(x: mx.array) -> mx.array:
-    """Activations in a type that products accumulate well in: MLX's CPU sums in that of its operands, its GPU in float32."""
+    """Activations in a type that is precise enough for sums: MLX sums in the operands' type on a CPU, in float32 on a GPU."""
     return x.astype(mx.float32) if mx.default_device() == mx.Device(mx.DeviceType.cpu) else x

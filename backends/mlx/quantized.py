@@ -1,8 +1,8 @@
 """Modules whose weights stay packed as MLX stores them, in MLX.
 
-A packed weight [.., out, in * bits / 32] is multiplied as it is, by products.py. Results have the dtype of the activations.
-(``nn.QuantizedLinear`` answers in the wider of the activations' and the scales' types, and packs a random matrix each time one is
-made.)
+products.py multiplies by a packed weight [.., out, in * bits / 32] directly. Results have the dtype of the activations.
+(``nn.QuantizedLinear`` is not used: it returns the wider of the activations' and the scales' types, and its constructor packs a
+random matrix.)
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from mlx_diffgemma.errors import CheckpointError
 
 
 class Quantized(nn.Module):
-    """The packed weight of a module of weights [.., out, in], under the checkpoint's names, with room to load it."""
+    """The packed form of a weight [.., out, in], under the checkpoint's names, allocated so that it can be loaded."""
 
     def __init__(self, shape: tuple[int, ...], quantization: Quantization) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """The token table [V, H], in all three of its uses. ``dtype`` is that of the rows it looks up."""
+    """The token table [V, H] and its three uses. ``dtype`` is the type of the rows it looks up."""
 
     def __init__(self, shape: tuple[int, ...], quantization: Quantization, dtype: mx.Dtype) -> None:
         super().__init__(shape, quantization)
@@ -59,20 +59,20 @@ class QuantizedEmbedding(Quantized):
 
 
 class QuantizedExpertLinear(Quantized):
-    """One linear map an expert, weight [E, out, in]."""
+    """One linear map per expert, weight [E, out, in]."""
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        """Rows of x [M, 1, in] are sorted by expert; ``experts`` (uint32 [M]) says which is whose. Gives [M, 1, out]."""
+        """Send row m of x [M, 1, in] through expert ``experts[m]`` (uint32 [M]) -> [M, 1, out]. Rows are sorted by expert."""
         return products.expert_linear(x, experts, *self.packed)
 
 
 def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype: mx.Dtype) -> None:
-    """Replace the modules of ``model`` at the paths in ``table`` by quantized ones, ready to be loaded.
+    """Replace the modules of ``model`` at the paths in ``table`` with quantized ones, ready to be loaded.
 
-    What a module is shows in its form: a token table has ``as_linear``, experts have a weight of three dimensions, and all else
-    is an ``nn.Linear`` without bias. ``dtype`` is the activations'.
+    A module is recognized by its form: a token table has ``as_linear``, experts have a weight of three dimensions, and anything
+    else is an ``nn.Linear`` without bias. ``dtype`` is the type of the activations.
 
-    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups.
+    Raises CheckpointError if no such module is at a path, or if a row is not a whole number of groups.
     """
     modules, quantized = dict(model.named_modules()), list[tuple[str, nn.Module]]()
     for path, quantization in table.items():
@@ -83,7 +83,7 @@ def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype:
         if weight is None or weight.ndim < 2:
             raise CheckpointError(f"{path} is quantized, but is not a matrix")
         if weight.shape[-1] % quantization.group_size:
-            raise CheckpointError(f"{path}: rows of {weight.shape[-1]} weights are no whole number of groups ({quantization})")
+            raise CheckpointError(f"{path}: rows of {weight.shape[-1]} weights are not a whole number of groups ({quantization})")
         if hasattr(module, "as_linear"):
             quantized.append((path, QuantizedEmbedding(weight.shape, quantization, dtype)))
         else:

@@ -1,6 +1,6 @@
-"""The hot step: canvases in, three small arrays and the next step's self-conditioning out; nothing large outlives it.
+"""The denoising step: canvases in, three small arrays and the next step's self-conditioning out. Nothing large outlives it.
 
-Scoring, which lies beside it, is the same head on given tokens. T positions of any number of canvases, H hidden size,
+Scoring is here too: it applies the same head to given tokens. T positions of any number of canvases, H hidden size,
 V vocabulary.
 """
 
@@ -15,14 +15,14 @@ from mlx_diffgemma.backends.mlx.noise import gumbel, words
 
 
 class Inputs(NamedTuple):
-    """What a denoising step is given, for canvases that lie one behind the other.
+    """The inputs of a denoising step, for canvases one after another.
 
     Attributes:
         canvases: int32 [T].
         temperature: float32 [T].
         noise: uint32 [T], the bits of :func:`mlx_diffgemma.noise.bits` at each position, or None to draw nothing.
-        drawn: bool [T], where the noise counts.
-        soft_embeddings: [T, H] from the previous step, zeros in a canvas's first; None where all are in their first.
+        drawn: bool [T], whether the position uses the noise.
+        soft_embeddings: [T, H] from the previous step, zeros for a canvas in its first step; None if all are in their first.
         frozen: int32 [T], -1 where the model may write, or None.
     """
 
@@ -37,18 +37,18 @@ class Inputs(NamedTuple):
 def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[mx.array, ...]:
     """One denoising step: argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
 
-    No more than SCORE_TILE positions have logits at a time, however many canvases there are.
+    At most SCORE_TILE positions have logits at a time, however many canvases there are.
     """
     hidden = model.denoise(given.canvases, segments, given.soft_embeddings)
     tiles: list[tuple[mx.array, ...]] = []
     for start in range(0, len(hidden), SCORE_TILE):
-        mx.eval(tiles)  # of those before: only one has its logits
+        mx.eval(tiles)  # the earlier tiles, so that only one holds its logits
         tiles.append(_answer(model, hidden, given, slice(start, start + SCORE_TILE)))
     return tuple(mx.concatenate(list(parts)) for parts in zip(*tiles, strict=True))
 
 
 def _answer(model: TextModel, hidden: mx.array, given: Inputs, span: slice) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """What :func:`step` says of the positions in ``span``."""
+    """The results of :func:`step` for the positions in ``span``."""
     raw = model.embed_tokens.as_linear(hidden[span]).astype(mx.float32)  # [N, V]
     noise = None if given.noise is None else given.noise[span]
     cap, temperature = model.config.final_logit_softcapping, given.temperature[span]
@@ -66,7 +66,7 @@ def _answer(model: TextModel, hidden: mx.array, given: Inputs, span: slice) -> t
 def score(model: TextModel, tokens: mx.array, segments: Sequence[Segment]) -> mx.array:
     """Encode tokens int32 [T]; the log-probability of each after all before it in its text, float32 [T].
 
-    That of a text's first token says nothing.
+    The value for a text's first token is meaningless.
     """
     lasts = [segment.cache.last for segment in segments]
     hidden = model.encode(tokens, segments)
@@ -77,10 +77,10 @@ def score(model: TextModel, tokens: mx.array, segments: Sequence[Segment]) -> mx
 
 
 def logprobs(model: TextModel, hidden: mx.array, tokens: mx.array, temperature: mx.array | None = None) -> mx.array:
-    """Log-probability float32 [T] of tokens int32 [T] where the final hidden states are [T, H]; temperature float32 [T]."""
+    """Log-probability float32 [T] of tokens int32 [T] under final hidden states [T, H]; temperature float32 [T]."""
     parts: list[mx.array] = []
     for start in range(0, len(tokens), SCORE_TILE):
-        mx.eval(parts)  # of those before: only one has its logits
+        mx.eval(parts)  # the earlier tiles, so that only one holds its logits
         span = slice(start, start + SCORE_TILE)
         logits = model.head(hidden[span])
         logits = logits if temperature is None else logits / temperature[span, None]
@@ -94,12 +94,12 @@ def statistics(
     """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
 
     Args:
-        raw: float32 [T, V], the head's output before its softcap.
+        raw: float32 [T, V], the head's output before the softcap.
         noise, temperature: as in :class:`Inputs`.
 
     Returns:
-        argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the probabilities [T, V], which are the float32 softmax of
-        the tempered logits rounded to ``dtype``, and are of that type.
+        argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the probabilities [T, V] in ``dtype``: the float32 softmax
+        of the tempered logits rounded to ``dtype``.
     """
     scores = mx.tanh(raw / cap) * (cap / temperature)[:, None]
     argmax = scores.argmax(axis=-1).astype(mx.int32)
@@ -125,7 +125,7 @@ def _logsumexp(logits: mx.array) -> mx.array:
 
 
 def _sum(x: mx.array) -> mx.array:
-    """Sum over the last axis in two levels: one naive float32 pass over 262,144 terms is off by more than 1e-3 nats."""
+    """Sum over the last axis in two levels. One plain float32 pass over 262,144 terms is off by more than 1e-3 nats."""
     size = x.shape[-1]
     inner = 512 if size >= 512 else 1
     padded = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % inner)])

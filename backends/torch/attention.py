@@ -1,6 +1,6 @@
-"""Attention of some positions over the keys that they see, in bounded memory.
+"""Attention of queries over the keys that they see, in bounded memory.
 
-H query heads share K key-value heads in groups; N queries, S keys, D the head's size. Scores are not scaled.
+H query heads share K key-value heads in groups; N queries, S keys, D the head size. Scores are not scaled.
 """
 
 import torch
@@ -16,9 +16,10 @@ def bidirectional(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-    """The last N of the S keys are the queries' own positions; each query sees its own and the window - 1 before, or all before.
+    """Each query sees its own position and the window - 1 before it, or all before it if ``window`` is None.
 
-    A tile of queries at a time: no mask is larger than [QUERY_TILE, S].
+    The last N of the S keys are the queries' own positions. Queries are processed in tiles, so no mask is larger than
+    [QUERY_TILE, S].
     """
     count, total = queries.shape[2], keys.shape[2]
     tiles = []
@@ -32,7 +33,7 @@ def causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) ->
 
 
 def _causal_mask(count: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
-    """What ``count`` queries at the end of ``total`` keys see, [count, total]; None where that is all."""
+    """The mask [count, total] of ``count`` queries at the end of ``total`` keys; None if nothing is masked."""
     if count == 1:
         return None
     queries = torch.arange(total - count, total, device=device)[:, None]
@@ -44,7 +45,7 @@ def _causal_mask(count: int, total: int, window: int | None, device: torch.devic
 def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attention that never holds all scores.
 
-    A CPU has one kernel for everything. On CUDA no fused kernel takes a mask, or heads of 512, together with shared heads.
+    On a CPU one kernel handles every case. On CUDA no fused kernel takes a mask, or heads of 512, together with shared heads.
     """
     if queries.is_cuda:
         return by_groups(queries, keys, values, mask)
@@ -52,9 +53,10 @@ def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
 
 
 def by_groups(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of heads that share keys, by kernels that know of none: the queries of a group stand behind each other.
+    """Attention of heads that share keys, with kernels that do not support shared heads.
 
-    With a mask, which is one query's row, the first heads of all groups go first, then the second ones.
+    Without a mask, the queries of a group are joined along N. A mask has one row per query, so with a mask each call takes one
+    head of every group: first the first heads, then the second heads, and so on.
     """
     groups = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, N, D]
     if mask is None:

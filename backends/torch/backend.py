@@ -1,4 +1,4 @@
-"""The torch wing's side of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
+"""The PyTorch implementation of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -24,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> "TorchBackend":
     """Load ``checkpoint``; see :func:`mlx_diffgemma.backends.load_backend`.
 
-    Tensors are memory-mapped. On a CPU those already of the wanted type stay so, and are never copied.
+    Tensors are memory-mapped. On a CPU, tensors that already have the wanted type stay mapped and are never copied.
     """
     place = _device(device)
     dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
@@ -46,14 +46,14 @@ def _device(device: str | None) -> torch.device:
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"the torch backend runs on cpu or cuda, not on {device!r}")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device {device!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
+        raise BackendError(f"device {device!r} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
     return place
 
 
 def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
     tensors = {}
     for name, stored in checkpoint.tensors.items():
-        # A file's pages count as ours until it is closed: opened a tensor at a time, no more than one is held in two types.
+        # The pages of a file count as ours until it is closed. Opening it for each tensor holds only one tensor in two types.
         with safe_open(stored.file, framework="pt", device=str(device)) as shard:
             tensor = shard.get_tensor(stored.name)
             packed = name.rpartition(".")[0] in checkpoint.quantization  # kept as stored, to the bit
@@ -63,7 +63,7 @@ def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
 
 class TorchBackend:
     name = "torch"
-    exact_rows = False  # the libraries choose how to sum by the number of rows
+    exact_rows = False  # the libraries choose the order of sums by the number of rows
 
     def __init__(self, model: TextModel, device: torch.device, dtype: str) -> None:
         self.model, self.config = model, model.config
@@ -138,7 +138,7 @@ class TorchBackend:
         return torch.cuda.max_memory_allocated(self.device) if self.device.startswith("cuda") else None
 
     def _stream(self, parts: Sequence[Piece | Row]) -> tuple[Tensor, list[Segment]]:
-        """Tokens int64 [T], and which of them are whose."""
+        """Tokens int64 [T], and the segment of each part."""
         tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
         for each in tokens:
             check_tokens(each, self.config)
@@ -148,7 +148,7 @@ class TorchBackend:
         return self._to_device(np.concatenate(tokens)).long(), segments
 
     def _soft_embeddings(self, rows: Sequence[Row]) -> Tensor | None:
-        """The rows' self-conditioning [T, H], zeros for those without; None where none has any."""
+        """The rows' self-conditioning [T, H], with zeros for rows without it; None if no row has it."""
         known = [row.self_conditioning for row in rows if row.self_conditioning is not None]
         if not known:
             return None

@@ -1,12 +1,12 @@
-"""Keys and values of one text's committed positions, in buffers with room behind them.
+"""Keys and values of one text's committed positions, in buffers with room after them.
 
-What is appended is written into the room, and so is each step's canvas, which leaves the committed positions as they are: a step
-copies no key, and its shapes stay the same within a block.
+New positions are written into the room, and so is the canvas of each step. A canvas does not change the committed positions. A
+step therefore copies no key, and its shapes stay the same within a block.
 
-Caches that fork share their buffers. The room behind a buffer's last committed position is anybody's to write into, since each
-pass writes before it reads; whoever commits first keeps it, and a fork that ended earlier copies what it holds before it writes.
+Forks of a cache share its buffers. Any fork may write into the room after a buffer's last committed position, since each pass
+writes before it reads. The first fork to commit keeps the room. A fork that ends earlier copies its positions before it writes.
 
-How much room there is, and where a sliding layer's buffer begins, is in backends/room.py.
+backends/room.py decides how much room there is, and where a sliding layer's buffer begins.
 """
 
 import copy
@@ -21,14 +21,14 @@ from mlx_diffgemma.config import ModelConfig
 
 
 class Buffer:
-    """Keys and values [B, H, capacity, D] of a text from position ``first`` on, of which those before ``committed`` stay."""
+    """Keys and values [B, H, capacity, D] of a text from position ``first`` on. Positions before ``committed`` never change."""
 
     def __init__(self, first: int, capacity: int, keys: Tensor, values: Tensor) -> None:
         self.first, self.committed, self.capacity = first, first, capacity
         self.keys, self.values = _room(keys, capacity), _room(values, capacity)
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values at position ``start`` and behind it."""
+        """Put keys and values at position ``start`` and after it."""
         span = slice(start - self.first, start - self.first + keys.shape[2])
         self.keys[:, :, span], self.values[:, :, span] = keys, values
 
@@ -38,9 +38,9 @@ class Buffer:
         return self.keys[:, :, span], self.values[:, :, span]
 
     def grow(self, capacity: int) -> None:
-        """Make room for more positions, for all that share the buffer."""
+        """Make room for more positions, for all caches that share the buffer."""
         held, self.capacity = self.committed - self.first, capacity
-        for name in ("keys", "values"):  # one after the other: no more than one of them is there twice
+        for name in ("keys", "values"):  # one at a time, so that only one is held twice
             old = getattr(self, name)
             new = _room(old, capacity)
             new[:, :, :held] = old[:, :, :held]
@@ -52,7 +52,7 @@ class Buffer:
 
 
 class LayerCache:
-    """One layer of a :class:`Cache`: a buffer, and how much of it is this text's."""
+    """One layer of a :class:`Cache`: a buffer, and how much of it belongs to this text."""
 
     def __init__(self, room: Room) -> None:
         self.room = room
@@ -60,10 +60,10 @@ class LayerCache:
         self.buffer: Buffer | None = None
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, H, N, D] behind the committed positions, and leave these as they are.
+        """Write keys and values [B, H, N, D] after the committed positions, without committing them.
 
         Returns:
-            What the new positions see besides each other, followed by them: keys and values [B, H, S, D].
+            Keys and values [B, H, S, D] of the committed positions that the new ones see, followed by the new ones.
         """
         end = self.length + keys.shape[2]
         buffer = self._writable(end, keys, values)
@@ -71,7 +71,7 @@ class LayerCache:
         return buffer.read(self.room.visible(self.length), end)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`extended`, and commit the new positions."""
+        """Like :meth:`extended`, but commit the new positions."""
         seen = self.extended(keys, values)
         self.length += keys.shape[2]
         assert self.buffer is not None
@@ -81,7 +81,7 @@ class LayerCache:
         return seen
 
     def _writable(self, end: int, keys: Tensor, values: Tensor) -> Buffer:
-        """The buffer, with room up to position ``end`` that nobody has committed to."""
+        """The buffer, with uncommitted room up to position ``end``."""
         if self.buffer is None:
             self.buffer = Buffer(0, self.room.capacity(self.length, end), keys, values)
         elif self.buffer.committed > self.length:
@@ -91,7 +91,7 @@ class LayerCache:
         return self.buffer
 
     def _move(self, end: int) -> None:
-        """Copy what is this text's, and can still be seen, into a buffer of its own with room up to ``end``."""
+        """Copy this text's positions that can still be seen into a new buffer with room up to ``end``."""
         old, start = self.buffer, self.room.visible(self.length)
         assert old is not None
         kept = old.read(start, self.length)
@@ -101,12 +101,12 @@ class LayerCache:
 
 
 class Cache:
-    """One :class:`LayerCache` a layer.
+    """One :class:`LayerCache` per layer.
 
     Attributes:
         length: committed positions.
-        last: the final hidden states [B, H] of the last of them, which say what token comes next; None where there is none.
-        rows: texts of one length that go through the graph side by side; 1, but for :class:`TrainingCache`.
+        last: the final hidden states [B, H] of the last one, which predict the next token; None in an empty cache.
+        rows: texts of one length that go through the graph together; 1, except in :class:`TrainingCache`.
     """
 
     rows = 1
@@ -121,13 +121,13 @@ class Cache:
         return self.length
 
     def fork(self) -> Self:
-        """A cache that begins as this one and goes on for itself."""
+        """A cache that starts with this one's positions and grows on its own."""
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         return other
 
     def buffers(self) -> dict[int, int]:
-        """Bytes of each buffer, by its identity."""
+        """Bytes of each buffer, keyed by its identity."""
         return {id(layer.buffer): layer.buffer.nbytes for layer in self.layers if layer.buffer is not None}
 
     @property
@@ -137,7 +137,7 @@ class Cache:
 
 
 class _Concatenated(LayerCache):
-    """Keys and values through which gradients flow: concatenated, never written in place."""
+    """Keys and values that gradients flow through. They are concatenated, never written in place."""
 
     kept: tuple[Tensor, Tensor] | None = None  # from position ``first`` on
     first = 0
@@ -157,7 +157,7 @@ class _Concatenated(LayerCache):
 
 
 class TrainingCache(Cache):
-    """Of several texts of one length, which go through the graph side by side, with gradients."""
+    """A cache of several texts of one length, which go through the graph together, with gradients."""
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__(config)

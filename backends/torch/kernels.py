@@ -1,16 +1,16 @@
-"""Triton kernels that multiply by packed weights: words go from memory to registers once, and are widened there.
+"""Triton kernels that multiply by packed weights. Words are loaded from memory to registers once, and widened there.
 
-Codes come in units of eight: eight codes of ``bits`` bits fill ``bits`` bytes, at every width. A unit is loaded as one integer
-(int16, int32 or int64 at 2, 4 or 8 bits, so that neighbouring threads load whole 128-bit lines; byte by byte at 3, 5 and 6),
-its codes are taken out by constant shifts, scaled in float32, rounded to the activations' dtype, and multiplied on tensor cores
-with float32 accumulation (bfloat16), or in full float32 precision.
+Codes come in units of eight: eight codes of ``bits`` bits fill ``bits`` bytes, at every width. A unit is loaded as one integer:
+int16, int32 or int64 at 2, 4 or 8 bits, so that neighbouring threads load whole 128-bit lines; byte by byte at 3, 5 and 6 bits.
+Constant shifts extract the codes. The codes are scaled in float32, rounded to the activations' dtype, and multiplied on tensor
+cores with float32 accumulation (bfloat16), or in full float32 precision.
 
-A row of a product has the same bits whatever other rows come with it. ``LinearTiles`` and ``WeightedTiles`` fix the order of an
-element's sum; they follow from the matrix and the activations' dtype, and know nothing of rows. The number of rows decides only
-which of them share a program.
+A row of a product has the same bits whatever other rows are in the batch. ``LinearTiles`` and ``WeightedTiles`` fix the order of
+an element's sum. They depend on the matrix and the activations' dtype, not on the rows. The number of rows decides only which
+rows share a program.
 
-Every grid follows from shapes alone, and nothing waits for the device. Rows past the end are read again from the last one and not
-written, which spares their loads a mask. An E4M3 NaN, which ``mx.quantize`` never writes, reads as 480.
+Every grid depends on shapes alone, and nothing waits for the device. Rows past the end read the last row again and are not
+written, so their loads need no mask. An E4M3 NaN, which ``mx.quantize`` never writes, reads as 480.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -24,60 +24,61 @@ from torch import Tensor
 
 from mlx_diffgemma.checkpoint import Quantization
 
-#: Programs below which a grid leaves multiprocessors idle; an H200 has 132.
+#: A grid of fewer programs leaves multiprocessors idle; an H200 has 132 of them.
 _ENOUGH_PROGRAMS = 264
 _UNIT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a product with the transpose of a matrix [N, K] is cut into programs, each with one block of outputs.
+    """How a product with the transpose of a matrix [N, K] is divided into programs. Each program computes one block of outputs.
 
-    Only ``block_m`` may follow the number of rows. A dot multiplies a block of the matrix [block_n, block_k] by a block of rows,
-    transposed: rows are its columns, and how many there are changes no sum. Two instructions, however, may sum in two orders, and
-    Triton chooses the instruction by ``block_n``: on Hopper wgmma from 64 on, mma.sync below. So it is 64 at least.
+    Only ``block_m`` may depend on the number of rows. A dot multiplies a block of the matrix [block_n, block_k] by a transposed
+    block of rows. The rows are columns of the dot, and their number changes no sum. Different instructions, however, may sum in
+    different orders, and Triton chooses the instruction by ``block_n``: on Hopper wgmma from 64 on, mma.sync below. So
+    ``block_n`` is at least 64.
     """
 
     block_n: int  # outputs of a program
     block_k: int  # terms of a sum that one dot adds
-    most_rows: int  # of a program
+    most_rows: int  # largest number of rows of a program
     num_warps: int
     num_stages: int
 
     @classmethod
     def of(cls, n_size: int, matrices: int, dtype: torch.dtype) -> Self:
-        """For activations of ``dtype`` and ``matrices`` matrices of ``n_size`` outputs, side by side."""
-        if dtype == torch.float32:  # no tensor cores; smaller blocks, so that registers suffice
+        """The tiles for activations of ``dtype`` and ``matrices`` matrices of ``n_size`` outputs each."""
+        if dtype == torch.float32:  # no tensor cores; smaller blocks, to fit the registers
             return cls(block_n=64, block_k=64, most_rows=32, num_warps=4, num_stages=2)
         if matrices * triton.cdiv(n_size, 128) >= _ENOUGH_PROGRAMS:
             return cls(block_n=128, block_k=64, most_rows=128, num_warps=8, num_stages=3)
         return cls(block_n=64, block_k=64, most_rows=128, num_warps=4, num_stages=3)
 
     def block_m(self, rows: int) -> int:
-        """Rows of a program, where a matrix has about ``rows``."""
+        """Rows of a program for a matrix with about ``rows`` rows of input."""
         return min(max(triton.next_power_of_2(rows), 16), self.most_rows)
 
 
 @dataclass(frozen=True)
 class WeightedTiles:
-    """How a product of rows with a matrix [V, H] is cut into programs.
+    """How a product of rows with a matrix [V, H] is divided into programs.
 
-    The sum over V is cut into ``slots``, enough for one block of rows to fill the device. ``block_m`` is fixed too: rows are the
-    first dimension of a dot, by which Triton chooses the instruction (see ``LinearTiles``).
+    The sum over V is divided into ``slots``, enough for one block of rows to fill the device. ``block_m`` is fixed too: rows are
+    the first dimension of a dot, and Triton chooses the instruction by that dimension (see ``LinearTiles``).
     """
 
     block_m: int  # rows of a program
     block_h: int  # outputs of a program
     block_v: int  # terms of a sum that one dot adds
-    slots: int  # parts of a sum, each of a program of its own; they are added in order
-    v_per_slot: int  # terms of a part: whole blocks
+    slots: int  # parts of a sum, each computed by its own program; they are added in order
+    v_per_slot: int  # terms of a part, a multiple of block_v
     num_warps: int
     num_stages: int
 
     @classmethod
     def of(cls, v_size: int, h_size: int, dtype: torch.dtype) -> Self:
-        """For probabilities of ``dtype`` and a matrix [v_size, h_size]."""
-        full_precision = dtype == torch.float32  # no tensor cores; smaller blocks, so that registers suffice
+        """The tiles for probabilities of ``dtype`` and a matrix [v_size, h_size]."""
+        full_precision = dtype == torch.float32  # no tensor cores; smaller blocks, to fit the registers
         block_h, block_v = 128, 32 if full_precision else 64
         slots = min(triton.cdiv(_ENOUGH_PROGRAMS, triton.cdiv(h_size, block_h)), triton.cdiv(v_size, block_v))
         v_per_slot = triton.cdiv(triton.cdiv(v_size, slots), block_v) * block_v
@@ -94,10 +95,10 @@ class WeightedTiles:
 
 @triton.jit
 def _minifloat(top, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr):
-    """The small float (E2M1, E4M3; not its NaN) in the highest bits of int32 ``top``, as float32.
+    """The small float (E2M1, or E4M3 except NaN) in the highest bits of int32 ``top``, as float32.
 
-    Its fields, moved down to a float32's, make a value short of the difference of the two exponent biases. The arithmetic shift
-    leaves the sign where it is.
+    Its fields are shifted to the place of a float32's fields. The result is too small by the difference of the two exponent
+    biases, so it is multiplied by that power of 2. The arithmetic shift leaves the sign bit in place.
     """
     fields: tl.constexpr = (((1 << (bits - 1)) - 1) << (23 - mantissa)) - (1 << 31)
     moved = (top >> (9 + mantissa - bits)) & fields
@@ -109,7 +110,7 @@ def _weight(units, index: tl.constexpr, scale, bias, bits: tl.constexpr, mode: t
     """Weight ``index`` of each unit, as float32."""
     if mode == "affine":
         code = ((units >> (index * bits)).to(tl.int32) & ((1 << bits) - 1)).to(tl.float32)
-        value = tl.fma(code, scale, bias)  # said outright: a product and a sum are fused, or not, as the compiler likes
+        value = tl.fma(code, scale, bias)  # explicit, because the compiler may or may not fuse a product and a sum
     else:
         top = ((units << (8 * bits - (index + 1) * bits)) >> (8 * bits - 32)).to(tl.int32)
         value = _minifloat(top, bits, 1 if bits == 4 else 3, 1 if bits == 4 else 7) * scale
@@ -118,7 +119,7 @@ def _weight(units, index: tl.constexpr, scale, bias, bits: tl.constexpr, mode: t
 
 @triton.jit
 def _units(weight, unit, mask, other, bits: tl.constexpr):
-    """Load the units numbered ``unit`` as integers, their first code lowest."""
+    """Load the units with indices ``unit`` as integers, with the first code in the lowest bits."""
     if 8 % bits == 0:
         units = tl.load(weight + unit, mask=mask, other=other)
     else:
@@ -134,9 +135,9 @@ def _widened(
     weight, scales, biases, row, column,
     size: tl.constexpr, bits: tl.constexpr, group: tl.constexpr, mode: tl.constexpr, block: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The weights [rows, block] of ``row`` from ``column`` on, of a matrix of ``size`` columns, as ``dtype``.
+    """The weights [rows, block] of the rows ``row`` from ``column`` on, in a matrix of ``size`` columns, as ``dtype``.
 
-    A block is whole groups or lies within one.
+    A block consists of whole groups, or lies within one group.
     """
     per_row: tl.constexpr = size // 8
     groups: tl.constexpr = size // group
@@ -147,7 +148,7 @@ def _widened(
     within_groups = None if size % block == 0 else at < groups
     other: tl.constexpr = None if size % block == 0 else 0
     units = _units(weight, row[:, None] * per_row + unit, within, other, bits)
-    # Scales are loaded once a group, then spread over the group's units.
+    # A scale is loaded once per group, then spread over the group's units.
     scale = tl.load(scales + row[:, None] * groups + at, mask=within_groups, other=other)
     bias = None
     if mode == "affine":
@@ -156,7 +157,7 @@ def _widened(
     elif mode == "nvfp4":
         scale = _minifloat(scale.to(tl.int32) << 24, 8, 3, 7)
     else:
-        scale = scale.to(tl.int32)  # E8M0: the exponent of a float32; 0 is 2^-127, which has no exponent of its own there
+        scale = scale.to(tl.int32)  # E8M0 is the exponent of a float32; 0 is 2^-127, a subnormal float32
         scale = tl.where(scale == 0, 1 << 22, scale << 23).to(tl.float32, bitcast=True)
     scale = _spread(scale, run // 8)
     w0 = _weight(units, 0, scale, bias, bits, mode).to(dtype)
@@ -174,7 +175,7 @@ def _widened(
 
 @triton.jit
 def _spread(x, times: tl.constexpr):
-    """[rows, groups] -> [rows, groups * times], each column ``times`` times in a row."""
+    """[rows, groups] -> [rows, groups * times]: repeat each column ``times`` times."""
     wide = tl.broadcast_to(x[:, :, None], x.shape[0], x.shape[1], times)
     return wide.reshape(x.shape[0], x.shape[1] * times)
 
@@ -188,20 +189,20 @@ def _linear(
 ):  # fmt: skip
     """y[m, n] = sum over k of x[m, k] * W[n, k]; with ``experts``, of W[expert of row m, n, k].
 
-    The product is taken as W times x transposed: the tensor cores' long side then holds the weights, and few rows of x fill the
-    short one (see ``LinearTiles``).
+    The product is computed as W times x transposed. The long side of the tensor cores then holds the weights, and a few rows of
+    x fill the short side (see ``LinearTiles``).
     """
     block = tl.program_id(0)
     start, end = 0, m_size
     n = tl.program_id(1) * block_n + tl.arange(0, block_n)
     row = tl.minimum(n, n_size - 1).to(tl.int64)
     if experts:
-        # Blocks are dealt to the experts in turn, each getting as many as its rows fill; those left over have nothing to do.
+        # Each expert in turn gets as many blocks as its rows fill. Blocks left over have nothing to do.
         expert = tl.arange(0, experts_block)
         stops = tl.load(ends + expert, mask=expert < experts, other=0)
         starts = tl.load(ends + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
         blocks = (stops - starts + block_m - 1) // block_m
-        before = tl.cumsum(blocks, 0) <= block  # experts whose blocks all come earlier
+        before = tl.cumsum(blocks, 0) <= block  # experts whose blocks all come before this one
         mine = tl.sum((before & (expert < experts)).to(tl.int32))
         if mine == experts:
             return
@@ -251,7 +252,7 @@ def _weighted_rows(
 
 @triton.jit(do_not_specialize=["size", "slots"])
 def _added(partial, y, size, slots, block: tl.constexpr):
-    """y[i] = sum over the slots s, one after another, of partial[s, i]. (The order of ``Tensor.sum`` may follow the shape.)"""
+    """y[i] = sum of partial[s, i] over the slots s, in order. (The order of ``Tensor.sum`` may depend on the shape.)"""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     within = at < size
     part = partial + at
@@ -275,9 +276,9 @@ def expert_linear(
 ) -> Tensor:
     """Rows of x [M, in], sorted by expert, times the transpose of their expert's matrix [out, in * bits / 32] -> [M, out].
 
-    ``ends`` is int32 [E]: the rows of expert e end there, and begin where those of e - 1 end.
+    ``ends`` is int32 [E]: the rows of expert e end at ``ends[e]``, and begin where those of expert e - 1 end.
     """
-    # Routing is uneven: blocks of twice the mean hold most experts' rows, whose weights are then widened but once.
+    # Routing is uneven. A block of twice the mean holds all rows of most experts, whose weights are then widened only once.
     mean = triton.cdiv(x.shape[0], ends.shape[0])
     return _launch_linear(x, weight, scales, biases, ends, quantization, rows_per_matrix=2 * mean)
 
@@ -298,7 +299,7 @@ def _launch_linear(
     experts = 0 if ends is None else ends.shape[0]
     tiles = LinearTiles.of(n_size, max(experts, 1), x.dtype)
     block_m = tiles.block_m(rows_per_matrix)
-    # A matrix with a part of a block left over takes one block more: at most one an expert that has rows.
+    # Each expert that has rows may end with a partial block, which takes one more block.
     blocks = triton.cdiv(m_size, block_m) + min(experts, m_size)
     _linear[blocks, triton.cdiv(n_size, tiles.block_n)](
         x.contiguous(), _as_units(weight, quantization), scales, biases, ends, y, m_size, n_size,
@@ -315,7 +316,7 @@ def weighted_rows(
 ) -> Tensor:
     """Probabilities [.., V] times a packed matrix [V, H * bits / 32] -> [.., H], in the dtype of the probabilities.
 
-    The sum over V is cut into parts to fill the device; the parts are added in a fixed order, so that results repeat.
+    The sum over V is divided into parts that fill the device. The parts are added in a fixed order, so results are repeatable.
     """
     p = probabilities.reshape(-1, probabilities.shape[-1]).contiguous()
     (m_size, v_size), h_size = p.shape, weight.shape[-1] * 32 // quantization.bits

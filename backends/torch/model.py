@@ -1,9 +1,9 @@
 """DiffusionGemma's text model in PyTorch.
 
-One stack of layers is run in two ways: causally, appending keys and values to a cache (*encode*), and over a canvas that sees
-a cache and the whole of itself (*denoise*). What goes through it is a stream of T tokens [T, H], the stretches of any number of
-texts one behind the other; only attention knows which are whose. Attribute names are the checkpoint's. The MLX twin of this
-file has the same classes in the same order. H hidden size, V vocabulary, D the size of a head.
+One stack of layers runs in two ways: causally, appending keys and values to a cache (*encode*), and over a canvas that sees a
+cache and all of itself (*denoise*). The input is a stream of T tokens [T, H]: stretches of any number of texts, one after
+another. Only attention distinguishes the texts. Attribute names are the checkpoint's. The MLX twin of this file has the
+same classes in the same order. H hidden size, V vocabulary, D head size.
 """
 
 import math
@@ -18,12 +18,12 @@ from mlx_diffgemma.backends.torch import attention
 from mlx_diffgemma.backends.torch.cache import Cache, LayerCache
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 
-#: What one layer's attention knows of a text: its part of the stream, how many texts that are, and the layer's cache.
+#: A text as one layer's attention sees it: its part of the stream, how many texts that part holds, and the layer's cache.
 Text = tuple[slice, int, LayerCache]
 
 
 class Segment(NamedTuple):
-    """One text's stretch of a stream: its tokens are those from ``start`` to ``stop`` - 1, and follow what is in ``cache``."""
+    """One text's stretch of a stream: the tokens from ``start`` to ``stop`` - 1, which come after those in ``cache``."""
 
     start: int
     stop: int
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """The token table [V, H], in all three of its uses."""
+    """The token table [V, H] and its three uses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a weight where it has one; in float32."""
+    """x / rms(x), times a weight if it has one; in float32."""
 
     def __init__(self, size: int, eps: float, *, weighted: bool = True) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 class Rope:
-    """Cosines and sines [T, 1, D] of one kind of layer, repeated over the two halves of the head."""
+    """Cosines and sines [T, 1, D] for one kind of layer, repeated over the two halves of the head."""
 
     def __init__(self, layer: LayerConfig) -> None:
         self.frequencies = torch.tensor(layer.rope.inverse_frequencies(layer.head_dim), dtype=torch.float32, device="cpu")
@@ -79,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries, keys and values, and scale 1. Full layers use the keys as values."""
+    """Grouped-query attention with normalized queries, keys and values, and scale 1. Full layers use the keys as values."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         return self.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).flatten(1))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, rows: int, cache: LayerCache, *, causal: bool) -> Tensor:
-        """One text, or ``rows`` of one length: queries [T, heads, D] over what is in the cache and over themselves."""
+        """One text, or ``rows`` texts of one length: queries [T, heads, D] over the cache and over their own keys."""
         queries, keys, values = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, N, D]
         if causal:
             mixed = attention.causal(queries, *cache.append(keys, values), cache.room.window)
@@ -126,7 +126,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts a token goes to, and their weights. Its input is the raw residual, which it norms itself."""
+    """Chooses the experts of a token, and their weights. Its input is the raw residual, which it normalizes itself."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,15 +143,15 @@ class Router(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """One linear map an expert, weight [E, out, in]."""
+    """One linear map per expert, weight [E, out, in]."""
 
     def __init__(self, num_experts: int, input_size: int, output_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, output_size, input_size))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Rows of x [M, in] are sorted by expert; those of expert e end at ``ends[e]`` (int32 [E])."""
-        if x.is_cuda and x.dtype == torch.bfloat16:  # the only type that it takes there; needs no word from the device
+        """Send each row of x [M, in] through its expert. Rows are sorted by expert; those of e end at ``ends[e]`` (int32 [E])."""
+        if x.is_cuda and x.dtype == torch.bfloat16:  # its only type on CUDA; does not wait for the device
             return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
         stops = ends.tolist()
         groups = zip(self.weight, [0, *stops], stops, strict=False)
@@ -166,7 +166,7 @@ class Experts(nn.Module):
         self.down_proj = ExpertLinear(config.num_experts, config.moe_intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x [T, H] through its experts [T, K], summed by ``weights`` [T, K]."""
+        """Send each token of x [T, H] through its experts [T, K], and sum the results weighted by ``weights`` [T, K]."""
         chosen, order = experts.flatten().sort(stable=True)  # T * K (token, expert) pairs, by expert
         ends = torch.searchsorted(chosen, torch.arange(self.num_experts, device=x.device), right=True).int()
         gate, up = self.gate_up_proj(x[order // experts.shape[1]], ends).chunk(2, dim=-1)
@@ -176,7 +176,7 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a dense MLP and the experts side by side. Each way of running has a scalar of its own."""
+    """Attention, then a dense MLP and the experts in parallel. Encode and denoise each have their own scalar."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """Adds to the canvas what the previous step believed, as soft embeddings; zeros in a block's first step."""
+    """Adds the previous step's probabilities to the canvas, as soft embeddings; zeros in a block's first step."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -231,12 +231,12 @@ class TextModel(nn.Module):
         self.ropes = {layer.layer_type: Rope(layer) for layer in config.layers}
 
     def encode(self, tokens: Tensor, segments: Sequence[Segment], trace: list[Tensor] | None = None) -> Tensor:
-        """Hidden states [T, H] of tokens [T], each of which sees those before it in its text; appends them to the caches."""
+        """Hidden states [T, H] of tokens [T]. Each token sees those before it in its text. Appends to the caches."""
         x = self._run(self.embed(tokens), segments, trace, causal=True)
         for start, stop, cache in segments:
             states = x[start:stop].unflatten(0, (cache.rows, -1))
             cache.length += states.shape[1]
-            cache.last = states[:, -1].clone()  # a view would keep the whole alive
+            cache.last = states[:, -1].clone()  # a view would keep the whole array alive
         return x
 
     def denoise(
@@ -246,7 +246,7 @@ class TextModel(nn.Module):
         soft_embeddings: Tensor | None = None,
         trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [T, H] of canvases [T], each of which sees its cache and all of itself."""
+        """Hidden states [T, H] of canvases [T]. Each canvas sees its cache and all of itself."""
         embeddings = self.embed(canvases)
         signal = torch.zeros_like(embeddings) if soft_embeddings is None else soft_embeddings
         return self._run(self.self_conditioning(embeddings, signal), segments, trace, causal=False)
@@ -269,7 +269,7 @@ class TextModel(nn.Module):
         return self._scaled(self.embed_tokens(tokens))
 
     def soft_embeddings(self, probabilities: Tensor) -> Tensor:
-        """The embeddings' mean [T, H] under probabilities [T, V]."""
+        """The mean embeddings [T, H] under probabilities [T, V]."""
         return self._scaled(self.embed_tokens.weighted_rows(probabilities))
 
     def _scaled(self, rows: Tensor) -> Tensor:

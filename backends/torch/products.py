@@ -1,4 +1,4 @@
-"""Products with packed weights: the kernels' on CUDA, those of packing.py on a CPU."""
+"""Products with packed weights: kernels.py on CUDA, packing.py on a CPU."""
 
 from importlib import import_module
 from types import ModuleType
@@ -36,7 +36,7 @@ def rows(index: Tensor, weight: Tensor, scales: Tensor, biases: Tensor | None, q
 
 
 def _place(x: Tensor) -> ModuleType:
-    """Where the products for x's device are; Triton is imported on CUDA only."""
+    """The module with the products for x's device. Triton is imported on CUDA only."""
     if not x.is_cuda:
         return packing
     try:

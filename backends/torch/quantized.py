@@ -1,6 +1,6 @@
 """Modules whose weights stay packed as MLX stores them, in PyTorch.
 
-A packed weight [.., out, in * bits / 32] is multiplied as it is, by products.py. Results have the dtype of the activations.
+products.py multiplies by a packed weight [.., out, in * bits / 32] directly. Results have the dtype of the activations.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from mlx_diffgemma.errors import CheckpointError
 
 
 class Quantized(nn.Module):
-    """The packed weight of a module of weights [.., out, in], under the checkpoint's names, with room to load it."""
+    """The packed form of a weight [.., out, in], under the checkpoint's names, allocated so that it can be loaded."""
 
     weight: Tensor
     scales: Tensor
@@ -32,7 +32,7 @@ class Quantized(nn.Module):
 
     @property
     def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Quantization]:
-        # Words are loaded as uint32, which torch can hardly index.
+        # Words are loaded as uint32, for which torch supports little indexing.
         return self.weight.view(torch.int32), self.scales, self.biases, self.format
 
 
@@ -44,7 +44,7 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """The token table [V, H], in all three of its uses. ``dtype`` is that of the rows it looks up."""
+    """The token table [V, H] and its three uses. ``dtype`` is the type of the rows it looks up."""
 
     def __init__(self, shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype) -> None:
         super().__init__(shape, quantization)
@@ -61,20 +61,20 @@ class QuantizedEmbedding(Quantized):
 
 
 class QuantizedExpertLinear(Quantized):
-    """One linear map an expert, weight [E, out, in]."""
+    """One linear map per expert, weight [E, out, in]."""
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Rows of x [M, in] are sorted by expert; those of expert e end at ``ends[e]`` (int32 [E])."""
+        """Send each row of x [M, in] through its expert. Rows are sorted by expert; those of e end at ``ends[e]`` (int32 [E])."""
         return products.expert_linear(x, ends, *self.packed)
 
 
 def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype: torch.dtype) -> None:
-    """Replace the modules of ``model`` at the paths in ``table`` by quantized ones, ready to be loaded.
+    """Replace the modules of ``model`` at the paths in ``table`` with quantized ones, ready to be loaded.
 
-    What a module is shows in its form: a token table has ``as_linear``, experts have a weight of three dimensions, and all else
-    is an ``nn.Linear`` without bias. ``dtype`` is the activations'. New modules are on torch's default device.
+    A module is recognized by its form: a token table has ``as_linear``, experts have a weight of three dimensions, and anything
+    else is an ``nn.Linear`` without bias. ``dtype`` is the type of the activations. New modules are on torch's default device.
 
-    Raises CheckpointError where a path leads to no such module or a row is no whole number of groups.
+    Raises CheckpointError if no such module is at a path, or if a row is not a whole number of groups.
     """
     modules = dict(model.named_modules())
     for path, quantization in table.items():
@@ -85,7 +85,7 @@ def quantize_modules(model: nn.Module, table: Mapping[str, Quantization], dtype:
         if not isinstance(weight, Tensor) or weight.ndim < 2:
             raise CheckpointError(f"{path} is quantized, but is not a matrix")
         if weight.shape[-1] % quantization.group_size:
-            raise CheckpointError(f"{path}: rows of {weight.shape[-1]} weights are no whole number of groups ({quantization})")
+            raise CheckpointError(f"{path}: rows of {weight.shape[-1]} weights are not a whole number of groups ({quantization})")
         if hasattr(module, "as_linear"):
             model.set_submodule(path, QuantizedEmbedding(weight.shape, quantization, dtype))
         else:

@@ -1,7 +1,8 @@
-"""Hugging Face `transformers`' own DiffusionGemma behind the :class:`~mlx_diffgemma.backends.Backend` protocol, on the CPU.
+"""The reference backend: DiffusionGemma from Hugging Face `transformers`, on the CPU.
 
-It defines what is right, and is written for nothing else: it holds whole logits and the encoder's cache as they come. Its
-graph is theirs, and its statistics share no code with the other backends.
+It implements the :class:`~mlx_diffgemma.backends.Backend` protocol and defines the correct results. It is not optimized: it
+holds whole logits and the encoder's cache. The graph is that of `transformers`, and the statistics share no code with the other
+backends.
 """
 
 import copy
@@ -20,7 +21,7 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.errors import BackendError, CheckpointError
 from mlx_diffgemma.noise import gumbel
 
-#: Tensors that no text passes through.
+#: Prefixes of tensors that the text model does not use.
 _UNUSED = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 
 
@@ -28,11 +29,11 @@ def load(checkpoint: Checkpoint, *, dtype: str | None = None) -> "ReferenceBacke
     """Load ``checkpoint`` in `transformers`, in ``float32`` (the default) or ``bfloat16``.
 
     Raises:
-        BackendError: `transformers` is not installed or knows no DiffusionGemma, or the checkpoint is quantized.
+        BackendError: `transformers` is not installed or too old for DiffusionGemma, or the checkpoint is quantized.
         CheckpointError: the weights do not fit the configuration.
     """
     if checkpoint.quantization:
-        raise BackendError(f"{checkpoint.folder} is quantized, and the reference reads unquantized weights only")
+        raise BackendError(f"{checkpoint.folder} is quantized, but the reference reads only unquantized weights")
     try:
         from transformers import DiffusionGemmaForBlockDiffusion
     except ImportError:
@@ -41,11 +42,11 @@ def load(checkpoint: Checkpoint, *, dtype: str | None = None) -> "ReferenceBacke
     loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
         checkpoint.folder,
         dtype=getattr(torch, dtype),
-        attn_implementation="eager",  # the plainest attention and experts that there are
+        attn_implementation="eager",  # the simplest implementations of attention and experts
         experts_implementation="eager",
         local_files_only=True,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,  # what does not fit is named below
+        ignore_mismatched_sizes=True,  # the error below names them
         output_loading_info=True,
     )
     model, info = loaded
@@ -82,20 +83,20 @@ class ReferenceCache:
 
 
 class ReferenceBackend:
-    """Takes one piece, or one row, after the other."""
+    """Processes pieces and rows one at a time."""
 
     name, device, exact_rows = "reference", "cpu", True
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: str) -> None:
         self.model, self.config, self.dtype = model, checkpoint.config, dtype
-        # transformers 5.24 renamed it, and takes the older name until 5.40.
+        # transformers 5.24 renamed the argument, and accepts the old name until 5.40.
         self._cache_name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
     def new_cache(self) -> ReferenceCache:
         return ReferenceCache(self.model.config.get_text_config(decoder=True))
 
     def peak_memory(self) -> None:
-        return None  # on a CPU PyTorch keeps no count
+        return None  # PyTorch does not count memory on a CPU
 
     @torch.inference_mode()
     def encode(self, pieces: Sequence[Piece]) -> None:
@@ -133,7 +134,7 @@ class ReferenceBackend:
         sampled = scores.argmax(dim=-1).numpy()
         if row.noise_key is not None:
             tokens, key = np.arange(self.config.vocab_size, dtype=np.uint32), np.asarray(row.noise_key, np.uint32)
-            sampled = np.array(  # a position at a time bounds the memory
+            sampled = np.array(  # one position at a time, to bound the memory
                 [
                     (each.numpy() + gumbel(key, np.asarray(position, np.uint32), tokens)).argmax()
                     for position, each in enumerate(scores)
@@ -177,7 +178,7 @@ class ReferenceBackend:
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """`transformers` has no causal head of its own; this is what it does to a canvas."""
+        """Logits of final hidden states. `transformers` has no causal head, so this repeats what it does for a canvas."""
         cap = self.model.final_logit_softcapping
         return cap * torch.tanh(self.model.lm_head(hidden).float() / cap)
 
@@ -185,7 +186,7 @@ class ReferenceBackend:
         """Logits [L, V] of a canvas."""
         check_tokens(row.canvas, self.config)
         if not len(row.cache):
-            raise BackendError("the reference has no canvas without a prompt; encode one first")
+            raise BackendError("the reference cannot denoise a canvas without a prompt; encode one first")
         signal = row.self_conditioning
         logits: Tensor = self.model(
             decoder_input_ids=_ids(row.canvas)[None],

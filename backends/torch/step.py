@@ -1,6 +1,6 @@
-"""The hot step: canvases in, three small arrays and the next step's self-conditioning out; nothing large outlives it.
+"""The denoising step: canvases in, three small arrays and the next step's self-conditioning out. Nothing large outlives it.
 
-Scoring, which lies beside it, is the same head on given tokens. T positions of any number of canvases, H hidden size,
+Scoring is here too: it applies the same head to given tokens. T positions of any number of canvases, H hidden size,
 V vocabulary.
 """
 
@@ -17,14 +17,14 @@ from mlx_diffgemma.backends.torch.noise import gumbel, words
 
 
 class Inputs(NamedTuple):
-    """What a denoising step is given, for canvases that lie one behind the other.
+    """The inputs of a denoising step, for canvases one after another.
 
     Attributes:
         canvases: int64 [T].
         temperature: float32 [T].
         noise: int32 [T], the bits of :func:`mlx_diffgemma.noise.bits` at each position, or None to draw nothing.
-        drawn: bool [T], where the noise counts.
-        soft_embeddings: [T, H] from the previous step, zeros in a canvas's first; None where all are in their first.
+        drawn: bool [T], whether the position uses the noise.
+        soft_embeddings: [T, H] from the previous step, zeros for a canvas in its first step; None if all are in their first.
         frozen: int64 [T], -1 where the model may write, or None.
     """
 
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[Tensor, ...]:
     """One denoising step: argmax, sampled (int64 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
 
-    No more than SCORE_TILE positions have logits at a time, however many canvases there are.
+    At most SCORE_TILE positions have logits at a time, however many canvases there are.
     """
     hidden = model.denoise(given.canvases, segments, given.soft_embeddings)
     tiles = [_answer(model, hidden, given, slice(start, start + SCORE_TILE)) for start in range(0, len(hidden), SCORE_TILE)]
@@ -47,7 +47,7 @@ def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[
 
 
 def _answer(model: TextModel, hidden: Tensor, given: Inputs, span: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`step` says of the positions in ``span``."""
+    """The results of :func:`step` for the positions in ``span``."""
     raw = model.embed_tokens.as_linear(hidden[span]).float()  # [N, V]
     noise = None if given.noise is None else given.noise[span]
     cap, temperature = model.config.final_logit_softcapping, given.temperature[span]
@@ -65,7 +65,7 @@ def _answer(model: TextModel, hidden: Tensor, given: Inputs, span: slice) -> tup
 def score(model: TextModel, tokens: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Encode tokens int64 [T]; the log-probability of each after all before it in its text, float32 [T].
 
-    That of a text's first token says nothing.
+    The value for a text's first token is meaningless.
     """
     lasts = [segment.cache.last for segment in segments]
     hidden = model.encode(tokens, segments)
@@ -76,7 +76,7 @@ def score(model: TextModel, tokens: Tensor, segments: Sequence[Segment]) -> Tens
 
 
 def logprobs(model: TextModel, hidden: Tensor, tokens: Tensor, temperature: Tensor | None = None) -> Tensor:
-    """Log-probability float32 [T] of tokens int64 [T] where the final hidden states are [T, H]; temperature float32 [T]."""
+    """Log-probability float32 [T] of tokens int64 [T] under final hidden states [T, H]; temperature float32 [T]."""
     parts = []
     for start in range(0, len(tokens), SCORE_TILE):
         span = slice(start, start + SCORE_TILE)
@@ -92,12 +92,12 @@ def statistics(
     """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
 
     Args:
-        raw: float32 [T, V], the head's output before its softcap; on a CPU it is overwritten.
+        raw: float32 [T, V], the head's output before the softcap; overwritten on a CPU.
         noise, temperature: as in :class:`Inputs`.
 
     Returns:
-        argmax, sampled (int64 [T]), entropy (float32 [T], nats), and the probabilities [T, V], which are the float32 softmax of
-        the tempered logits rounded to ``dtype``, and are of that type.
+        argmax, sampled (int64 [T]), entropy (float32 [T], nats), and the probabilities [T, V] in ``dtype``: the float32 softmax
+        of the tempered logits rounded to ``dtype``.
     """
     if raw.device.type == "cpu":
         return tiling.statistics(raw, noise, dtype, cap=cap, temperature=temperature)

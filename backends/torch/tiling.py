@@ -1,4 +1,4 @@
-"""A denoising step's statistics on a CPU: the same as in step.py, in tiles that fit the processor's cache."""
+"""The statistics of a denoising step on a CPU: the same as in step.py, computed in tiles that fit the processor's cache."""
 
 import math
 
@@ -10,8 +10,8 @@ from mlx_diffgemma.backends.torch.noise import gumbel
 #: Elements of a tile of logits: 1 MiB of float32.
 TILE = 2**18
 
-#: Noise is made only for tokens that can win: those within NEAR of the best perturbed logit, and of the others the few whose
-#: noise exceeds NEAR. Noise falls as the random word grows, and exceeds NEAR only where the word's upper bits are zero.
+#: Noise is computed only for tokens that can win: those whose logit is within NEAR of the best perturbed logit, and the few
+#: others whose noise exceeds NEAR. Noise falls as the random word grows, and exceeds NEAR only if the word's upper bits are zero.
 FAR_BITS = 21
 NEAR = 1e-3 - math.log(-math.log1p(-(2.0 ** (FAR_BITS - 32))))
 
@@ -19,10 +19,10 @@ NEAR = 1e-3 - math.log(-math.log1p(-(2.0 ** (FAR_BITS - 32))))
 def statistics(
     raw: Tensor, noise: Tensor | None, dtype: torch.dtype, *, cap: float, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`mlx_diffgemma.backends.torch.step.statistics`; ``raw`` is overwritten."""
+    """Like :func:`mlx_diffgemma.backends.torch.step.statistics`, but overwrites ``raw``."""
     tile = max(1, TILE // raw.shape[1])
     probabilities = raw if dtype == torch.float32 else torch.empty_like(raw, dtype=dtype)
-    # Fresh pages for every tile would cost more than what is computed in them.
+    # New memory for every tile would cost more time than the computation.
     weights = torch.empty_like(raw[:tile])
     words, shifted = torch.empty(2, *weights.shape, dtype=torch.int32)
     tokens, factors = torch.arange(raw.shape[1], dtype=torch.int32), (cap / temperature)[:, None]
@@ -49,11 +49,11 @@ def statistics(
 
 
 def _sample(scores: Tensor, words: Tensor, shifted: Tensor, best: Tensor, argmax: Tensor) -> Tensor:
-    """argmax(scores + noise) of scores float32 [R, V] and the noise's words int32 [R, V]; ``shifted`` is room for as many.
+    """argmax(scores + noise) of scores float32 [R, V] and the noise's words int32 [R, V].
 
-    The scores' maxima are ``best`` at ``argmax``.
+    ``shifted`` is a work buffer of the same shape. ``best`` and ``argmax`` are the maxima of the scores and their places.
     """
-    # The best perturbed logit is at least that of the likeliest token.
+    # The best perturbed logit is at least the perturbed logit of the likeliest token.
     least = best + gumbel(words.gather(1, argmax[:, None]))[:, 0]
     loud = torch.bitwise_right_shift(words, FAR_BITS, out=shifted) == 0
     row, token = loud.logical_or_(scores > (least - NEAR)[:, None]).nonzero(as_tuple=True)
@@ -64,7 +64,7 @@ def _sample(scores: Tensor, words: Tensor, shifted: Tensor, best: Tensor, argmax
 
 
 def _mix(words: Tensor, shifted: Tensor) -> Tensor:
-    """:func:`mlx_diffgemma.backends.torch.noise.mix` in place; ``shifted`` is room for as many."""
+    """:func:`mlx_diffgemma.backends.torch.noise.mix` in place; ``shifted`` is a work buffer."""
 
     def fold_down(places: int) -> None:
         torch.bitwise_right_shift(words, places, out=shifted)

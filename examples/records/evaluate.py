@@ -1,11 +1,11 @@
-"""How well a model fills the holes of records that it has never seen, where their lengths are known and where they are not.
+"""Measures how well a model fills the holes of records that it has never seen, with known and unknown lengths.
 
     python examples/records/evaluate.py CHECKPOINT [--backends torch,mlx] [--count 297] [--compared 27] [--json FILE]
 
-One or two fields of each record are cut out. First the true lengths are given. Then every length in a range is tried, and the
-candidates are ranked by several formulas of the same log-probabilities; of each formula, how often it ranks the true lengths
-first, and how often what is first is the record. All of this is the first backend's; the others fill the first few records too,
-and are to write the same tokens.
+One or two fields of each record are cut out. First the true lengths are given. Then every length in a range is tried, and several
+formulas rank the candidates by the same log-probabilities. The report says how often each formula ranks the true lengths first,
+and how often its first candidate is the record. All these figures come from the first backend. The other backends fill only the
+first few records, and should write the same tokens.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.editing.infilling import Candidate, Hole
 from mlx_diffgemma.reports.speed import Machine
 
-#: What is tried where lengths are not known, by the number of holes.
+#: Lengths to try when they are unknown, by number of holes.
 RANGES = {1: Hole(1, 10), 2: Hole(1, 8)}
 
 
@@ -47,7 +47,7 @@ class Case:
         return tuple(len(value) for value in self.record.cut(self.cut)[1])
 
     def text_length(self, candidate: Candidate) -> int:
-        """Tokens that the causal score is the mean of: from the first hole to the end of the turn."""
+        """Number of tokens in the mean of the causal score: from the first hole to the end of the turn."""
         return sum(map(len, candidate.holes)) + sum(map(len, self.record.cut(self.cut)[0][1:])) + 1
 
 
@@ -55,7 +55,7 @@ def _canvas_sum(candidate: Candidate) -> float:
     return candidate.canvas_logprob * sum(map(len, candidate.holes))
 
 
-#: Scores of a candidate for a case, the higher the better.
+#: Scores of a candidate for a case. Higher is better.
 FORMULAS: Mapping[str, Callable[[Case, Candidate], float]] = {
     "canvas mean": lambda _, candidate: candidate.canvas_logprob,
     "canvas sum": lambda _, candidate: _canvas_sum(candidate),
@@ -71,19 +71,19 @@ FORMULAS: Mapping[str, Callable[[Case, Candidate], float]] = {
 
 @dataclass(frozen=True)
 class Filled:
-    """What one backend made of a case: with the true lengths, and with each length of the range."""
+    """What one backend wrote for a case: with the true lengths, and with each length of the range."""
 
     known: Candidate
     tried: list[Candidate]
 
     @property
     def tokens(self) -> tuple[Any, ...]:
-        """All that was written, whatever its rank."""
+        """All written tokens, independent of the ranking."""
         return self.known.holes, sorted((candidate.lengths, candidate.holes) for candidate in self.tried)
 
 
 def make_cases(count: int, seed: int) -> list[Case]:
-    """Held-out records; each cut comes equally often."""
+    """Cases of held-out records, with the cuts in turn."""
     rng = np.random.default_rng(seed)
     return [Case(random_record(rng, held_out=True), CUTS[index % len(CUTS)]) for index in range(count)]
 
@@ -95,7 +95,7 @@ def fill_both_ways(backend: Backend, case: Case, config: GenerationConfig, seed:
 
 
 def shares(cases: Sequence[Case], filled: Sequence[Filled]) -> dict[str, Any]:
-    """Of cases and what became of them: shares filled exactly, and lengths found, by formula."""
+    """Share of cases filled exactly with known lengths; and by formula, shares of lengths found and of exact fillings."""
     pairs = list(zip(cases, filled, strict=True))
     report: dict[str, Any] = {
         "cases": len(pairs),
@@ -112,12 +112,12 @@ def shares(cases: Sequence[Case], filled: Sequence[Filled]) -> dict[str, Any]:
 
 
 def agreement(results: Sequence[Sequence[Filled]]) -> float:
-    """Share of the cases that all backends filled in which they wrote the same tokens, into every candidate."""
+    """Share of cases with the same tokens in every candidate, among those that all backends filled."""
     return float(np.mean([all(one.tokens == row[0].tokens for one in row) for row in zip(*results, strict=False)]))
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """The report for a terminal."""
+    """The report as tables for a terminal."""
     by_cut = Table("cut out", "cases", "true length given: right", "length unknown: found", "right")
     for name, found in report["cuts"].items():
         ours = found["formulas"]["infill's score"]
@@ -135,11 +135,13 @@ _GROUPS = ("one hole", "two holes", "all")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("checkpoint", help="a folder that train.py wrote")
-    parser.add_argument("--backends", default="torch,mlx")
-    parser.add_argument("--count", type=int, default=297, help="records that the first backend fills")
-    parser.add_argument("--compared", type=int, default=27, help="records that the other backends fill")
-    parser.add_argument("--seed", type=int, default=2, help="of the records and of the sampler; training looks at 0")
+    parser.add_argument("checkpoint", help="a checkpoint folder that train.py wrote")
+    parser.add_argument("--backends", default="torch,mlx", help="backends, separated by commas (default %(default)s)")
+    parser.add_argument("--count", type=int, default=297, help="records for the first backend (default %(default)s)")
+    parser.add_argument("--compared", type=int, default=27, help="records for the other backends (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=2, help="seed of the records and the sampler; training uses 0 (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="file to write the report to")
     arguments = parser.parse_args()
 
@@ -173,7 +175,7 @@ def main() -> None:
         },
     }
     Console(width=140).print(*tables(report))
-    print(f"the same tokens on {arguments.backends}: {report['same_tokens']:.1%} of {report['compared']} records")
+    print(f"same tokens on {arguments.backends}: {report['same_tokens']:.1%} of {report['compared']} records")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Records with holes, through a backend and the infill."""
+"""Fills the holes of records with the infill of a backend."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ from mlx_diffgemma.editing.infilling import Candidate, Frame, Hole
 def fill(
     backend: Backend, record: Record, cut: Sequence[str], config: GenerationConfig, *, lengths: Hole | None = None, seed: int = 0
 ) -> list[Candidate]:
-    """The candidates for a record without the fields ``cut``, the best first.
+    """Fill in the fields ``cut`` of a record. Returns the candidates, the best first.
 
     Args:
-        lengths: what is said of how long each hole is; by default the truth.
+        lengths: range of lengths to try for each hole; by default the true length.
     """
     known, values = record.cut(cut)
     template: list[list[int] | Hole] = [[BOS, *to_tokens(known[0])]]

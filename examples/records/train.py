@@ -1,13 +1,13 @@
-"""Train a tiny model on records, with the trainer of the Sudoku model, to fill in what was cut out.
+"""Trains a tiny model to fill in cut-out fields of records, with the trainer of the Sudoku model.
 
     python examples/records/train.py OUT [--steps 3000] [--resume]
 
-What lies in ``OUT`` is said in :mod:`trainer`.
+:mod:`trainer` describes the content of ``OUT``.
 
-The prompt is the record up to the value of a field, and the canvas the rest, its end and padding, as the infill lays them out.
-In half of the rows every token of the canvas is replaced with a probability t, uniform in (0, 1). In the others only what was
-cut out is, with t uniform in (1/2, 1), and all else is as it should be: that is what frozen tokens look like to the model. The
-loss is the same everywhere.
+The prompt is the record up to the value of a field. The canvas is the rest of the record, its end and padding, laid out as by
+the infill. In half of the rows, every token of the canvas is replaced with probability t, uniform in (0, 1). In the other rows,
+only tokens of the cut are replaced, with t uniform in (1/2, 1), and all other tokens are right: this is how frozen tokens look to
+the model. The loss counts all tokens alike.
 """
 
 import sys
@@ -42,7 +42,7 @@ GENERATION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Options(RunOptions):
-    """What a run depends on."""
+    """The options of a run."""
 
     steps: int = 3000
     batch_size: int = 32
@@ -54,11 +54,11 @@ class Trainer(BaseTrainer):
     options_type, metric = Options, "filled"
 
     def __init__(self, options: Options) -> None:
-        # No record with its beginning is longer than the window.
+        # The window is longer than any record with its first token.
         super().__init__(options, hub_config(len(VOCABULARY), CANVAS_LENGTH, 64, layers="SSF"), GENERATION)
 
     def make_batch(self, rng: np.random.Generator) -> Batch:
-        """Records of the same lengths, so that a field begins at the same position in all of them."""
+        """A batch of records with equal lengths, so that a field begins at the same position in all of them."""
         rows = self.options.batch_size
         lengths = {
             "name_length": int(rng.integers(*NAME_LENGTHS, endpoint=True)),
@@ -80,7 +80,7 @@ class Trainer(BaseTrainer):
         return noisy_batch(prompts, canvases, replaced, len(VOCABULARY), rng, self.options.device)
 
     def evaluate(self, backend: Backend, config: GenerationConfig) -> float:
-        """Share of held-out records whose holes, of known length, are filled exactly."""
+        """Share of held-out records whose holes of known length are filled exactly."""
         rng = np.random.default_rng(self.options.seed)
         right = []
         for index in range(self.options.held_out):

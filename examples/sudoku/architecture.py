@@ -1,4 +1,4 @@
-"""The tiny DiffusionGemma: its configuration in the hub's layout, fresh weights, and the checkpoint's files."""
+"""The tiny DiffusionGemma: its configuration in the hub's layout, its initial weights, and the checkpoint's files."""
 
 import json
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
 def hub_config(
     vocab_size: int, canvas_length: int, sliding_window: int, *, hidden_size: int = 64, layers: str = "SSSF"
 ) -> dict[str, Any]:
-    """``config.json`` of a tiny model whose special tokens are those of :mod:`vocabulary`, laid out as on the hub.
+    """``config.json`` of a tiny model in the hub's layout, with the special tokens of :mod:`vocabulary`.
 
     Args:
-        layers: one letter a layer, S for sliding and F for full attention; `transformers` needs the last to be full.
+        layers: one letter per layer, S for sliding and F for full attention. `transformers` needs full attention in the last.
     """
     text = {
         "model_type": "diffusion_gemma_text",
@@ -69,7 +69,7 @@ def hub_config(
     }
 
 
-#: `transformers` builds a vision tower in any case: the smallest there is.
+#: `transformers` always builds a vision tower, so this is the smallest possible one.
 _VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 16,
@@ -87,13 +87,13 @@ _VISION = {
 
 
 def new_model(config: ModelConfig, seed: int) -> TextModel:
-    """A model of random weights, such that embeddings, logits and attention scores all begin near a variance of 1."""
+    """A model with random weights. Embeddings, logits and attention scores start with a variance near 1."""
     generator = torch.Generator().manual_seed(seed)
     model = TextModel(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("router.proj.weight"):
-                weight.normal_(generator=generator)  # the router itself divides by the root of its input's size
+                weight.normal_(generator=generator)  # the router divides its input by the square root of its size
             elif weight.ndim > 1:
                 weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -102,7 +102,7 @@ def new_model(config: ModelConfig, seed: int) -> TextModel:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """For an optimizer: matrices, which decay, and norms and scales, which do not."""
+    """Parameter groups for an optimizer: matrices with weight decay, norms and scales without."""
     parameters = list(model.parameters())
     return [
         {"params": [weight for weight in parameters if weight.ndim > 1], "weight_decay": weight_decay},
@@ -111,7 +111,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def stored_name(name: str) -> str:
-    """The hub's name of one of the graph's tensors: the inverse of :func:`mlx_diffgemma.checkpoint.graph_name`."""
+    """The hub's name of a tensor of the graph. The inverse of :func:`mlx_diffgemma.checkpoint.graph_name`."""
     if name.endswith("encoder_layer_scalar"):
         return "model.encoder.language_model." + name.replace("encoder_layer_scalar", "layer_scalar")
     if ".experts." in name:
@@ -120,7 +120,7 @@ def stored_name(name: str) -> str:
 
 
 def write_checkpoint(folder: Path, model: TextModel, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-    """Write weights, as BF16, and configurations in the hub's layout: a whole checkpoint but for the tokenizer."""
+    """Write the weights (BF16) and configurations in the hub's layout: a complete checkpoint except for the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {stored_name(name): weight.detach().to("cpu", torch.bfloat16) for name, weight in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,8 +1,8 @@
-"""Write the model card: what the model is, how it was trained, its curve, and how much it solves.
+"""Writes the model card: the model, its training, its curve and its results.
 
     python examples/sudoku/card.py RUN RESULTS.json --machine "..." [--note "..."] > README.md
 
-``RUN`` is the folder that train.py wrote, ``RESULTS.json`` the report of evaluate.py; every number comes from these.
+``RUN`` is the folder that train.py wrote, and ``RESULTS.json`` the report of evaluate.py. All numbers come from these two.
 """
 
 import argparse
@@ -130,10 +130,10 @@ def _rates(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--machine", required=True, help="what it was trained on, in words")
-    parser.add_argument("--note", default="", help="what else must be known of the curve")
+    parser.add_argument("run", type=Path, help="the folder that train.py wrote")
+    parser.add_argument("results", type=Path, help="the report that evaluate.py wrote")
+    parser.add_argument("--machine", required=True, help="description of the machine that trained the model")
+    parser.add_argument("--note", default="", help="remark about the curve")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
     sys.stdout.write(card(arguments.run, results, arguments.machine, arguments.note))

@@ -1,14 +1,14 @@
-"""How well the tiny Sudoku model edits: solutions revised, proofread, and rows of them filled in.
+"""Measures how well the tiny Sudoku model revises and proofreads solutions, and fills in missing rows.
 
     python examples/sudoku/editing.py [--checkpoint sudoku] [--backend torch] [--count 100] [--json FILE]
 
-The prompt is always the puzzle, which has one solution, and whatever is changed or left out lies outside its clues.
+The prompt is always the puzzle, which has one solution. In revise and proofread, no clue is changed.
 
-- Revise, at strengths 0 to 1: how many answers are the solution afterwards, and in how many denoising steps, begun from the
-  solution itself and from one with four wrong cells.
-- Proofread: wrong cells among a solution's, how many are doubted (recall), and how many of the doubted cells are wrong
+- Revise, at strengths 0 to 1: how many answers are the solution, and how many denoising steps they took. Drafts are the solution
+  itself, and the solution with four wrong cells.
+- Proofread a solution with wrong cells: how many of them are doubted (recall), and how many of the doubted cells are wrong
   (precision).
-- Infill: rows of the solution left out, in one hole of known length; and one row in a hole whose length has to be found.
+- Infill: rows of the solution left out in one hole of known length, and one row in a hole of unknown length.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from mlx_diffgemma.editing.proofreading import second_look
 from mlx_diffgemma.editing.revising import Original, rewrite
 
 STRENGTHS = tuple(tenth / 10 for tenth in range(11))
-#: Cells of the draft that are wrong before it is revised.
+#: Number of wrong cells in the draft to revise.
 WRONG_IN_DRAFT = 4
-#: Cells that are wrong before a solution is proofread.
+#: Numbers of wrong cells in the solutions to proofread.
 PLANTED = (1, 2, 4, 8)
-#: What follows the cells in a canvas.
+#: Tokens after the cells in a canvas.
 ENDING = (END_OF_TURN, PAD)
 
 
 def with_errors(puzzles: Grids, solutions: Grids, count: int, seed: int) -> Grids:
-    """Solutions in which ``count`` cells that are no clues hold a wrong digit (all such cells where they are fewer)."""
+    """Solutions with a wrong digit in ``count`` cells that are not clues (in all such cells if there are fewer)."""
     rng = np.random.default_rng([seed, count])
     size = isqrt(puzzles.shape[1])
     wrong = solutions.copy()
@@ -58,7 +58,7 @@ def with_errors(puzzles: Grids, solutions: Grids, count: int, seed: int) -> Grid
 def revised(
     backend: Backend, config: GenerationConfig, puzzles: Grids, solutions: Grids, drafts: Grids, *, strength: float, seed: int
 ) -> dict[str, float]:
-    """Share of the answers that are the solution, and mean steps."""
+    """Share of answers that equal the solution, and mean number of denoising steps."""
     prompts, answers, steps, solved = prompt_tokens(puzzles), canvas_tokens(solutions), [], []
     for index, draft in enumerate(canvas_tokens(drafts)):
         original = Original(prompts[index], draft, np.zeros(len(draft), bool))
@@ -71,7 +71,7 @@ def revised(
 def proofread_all(
     backend: Backend, config: GenerationConfig, puzzles: Grids, solutions: Grids, count: int, seed: int
 ) -> dict[str, float]:
-    """Recall and precision over all puzzles together."""
+    """Recall and precision over the cells of all puzzles."""
     prompts, drafts = prompt_tokens(puzzles), with_errors(puzzles, solutions, count, seed)
     doubted = np.zeros(drafts.shape, bool)
     corrected = 0
@@ -101,11 +101,12 @@ def rows_filled(
     slack: int = 0,
     whole: bool = True,
 ) -> dict[str, float]:
-    """Share of holes of ``rows`` rows filled with the solution's.
+    """Share of holes of ``rows`` rows that are filled as in the solution.
 
     Args:
-        slack: lengths that are off by up to as much are tried too.
-        whole: the canvas begins where the solution does, and not at the hole, where the model has never begun one.
+        slack: also try lengths that are up to this many tokens shorter or longer.
+        whole: whether the canvas begins at the start of the solution. Otherwise it begins at the hole, where the model never
+            began a canvas in training.
     """
     size = isqrt(puzzles.shape[1])
     rng = np.random.default_rng([seed, rows])
@@ -134,7 +135,7 @@ def rows_filled(
 
 
 def measure(backend: Backend, config: GenerationConfig, puzzles: Grids, solutions: Grids, seed: int) -> dict[str, Any]:
-    """All that is measured of one set of puzzles."""
+    """All measurements for one set of puzzles."""
     wrong = with_errors(puzzles, solutions, WRONG_IN_DRAFT, seed)
     drafts = {"from the solution": solutions, f"from {WRONG_IN_DRAFT} wrong cells": wrong}
     size = isqrt(puzzles.shape[1])
@@ -157,7 +158,7 @@ def measure(backend: Backend, config: GenerationConfig, puzzles: Grids, solution
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """The report for a terminal."""
+    """The report as tables for a terminal."""
     names = list(report["revise"])
     revising = Table("strength", *(f"{name}: {what}" for name in names for what in ("solved", "steps")), title="Revise")
     for strength in map(str, STRENGTHS):
@@ -175,11 +176,15 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--checkpoint", default="sudoku", help="a folder, or the name of a model in the package")
-    parser.add_argument("--backend", help="mlx or torch")
-    parser.add_argument("--count", type=int, default=100, help="puzzles")
-    parser.add_argument("--clues", default="14-18", help="range of clues")
-    parser.add_argument("--seed", type=int, default=3, help="of the puzzles, of what is changed in them and of the sampler")
+    parser.add_argument(
+        "--checkpoint", default="sudoku", help="a folder, or the name of a model in the package (default %(default)s)"
+    )
+    parser.add_argument("--backend", help="mlx or torch (default: the package's choice)")
+    parser.add_argument("--count", type=int, default=100, help="number of puzzles (default %(default)s)")
+    parser.add_argument("--clues", default="14-18", help="range of clues (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=3, help="seed of the puzzles, the changes and the sampler (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="file to write the report to")
     arguments = parser.parse_args()
 

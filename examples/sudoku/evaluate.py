@@ -1,11 +1,14 @@
-"""How well the tiny Sudoku model solves puzzles that it has never seen, on every backend, and what it does on the way.
+"""Measures how well the tiny Sudoku model solves puzzles that it has never seen, on every backend.
 
     python examples/sudoku/evaluate.py [--checkpoint sudoku] [--backends mlx,torch] [--count 200] [--json FILE]
 
-For each range of clues: the solve rate, the denoising steps, and the tokens that one forward pass makes; whether the backends
-wrote the same tokens in the same steps; how many cells were accepted with one token and committed with another; the model
-begun from a solution with wrong cells, and with the clues frozen inside the canvas; and the same weights as a causal language
-model, one token at a time.
+For each range of clues it measures:
+
+- the solve rate, the denoising steps and the tokens per forward pass;
+- whether the backends wrote the same tokens in the same steps;
+- how many cells were accepted with one token and committed with another;
+- the results when the canvas starts as a solution with wrong cells, and when the clues are frozen inside the canvas;
+- the same weights as a causal language model, one token at a time.
 """
 
 import argparse
@@ -29,10 +32,10 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo.sudoku import fresh_puzzle, to_tokens
 from mlx_diffgemma.sampler import FREE
 
-#: Puzzles that are also solved with their clues frozen.
+#: Number of puzzles that are also solved with frozen clues.
 FROZEN = 50
 
-#: Cells of the solution that are replaced by wrong digits for a warm start.
+#: Number of cells with a wrong digit in the warm start's solution.
 WRONG_CELLS = 4
 
 
@@ -47,11 +50,11 @@ def diffusion(result: Solved) -> dict[str, float]:
 
 
 def self_correction(result: Solved, puzzles: Grids, solutions: Grids) -> dict[str, int]:
-    """Empty cells that the sampler accepted with one token and committed with another, and how many of these ended right.
+    """Empty cells that the sampler accepted with one token and committed with another, and how many of these are right.
 
-    The token that a step accepts is in the canvas of the next; what a puzzle's last step accepts does not count, as its likeliest
-    tokens are committed. ``wrong_when_accepted`` counts the cells that were at some step accepted with a wrong token, whatever
-    became of them.
+    The token that a step accepts is in the canvas of the next step. Tokens accepted in a puzzle's last step do not count, because
+    the most likely tokens are committed. ``wrong_when_accepted`` counts the cells that were accepted with a wrong token in any
+    step, whether they ended right or not.
     """
     cells = puzzles.shape[1]
     empty, right, final = puzzles == 0, to_tokens(solutions), result.tokens[:, :cells]
@@ -71,7 +74,7 @@ def self_correction(result: Solved, puzzles: Grids, solutions: Grids) -> dict[st
 
 
 def warm_start(backend: Backend, puzzles: Grids, solutions: Grids, config: GenerationConfig, seed: int) -> dict[str, float]:
-    """Begin from the solution with :data:`WRONG_CELLS` of its empty cells wrong."""
+    """Start from the solution with :data:`WRONG_CELLS` wrong cells that are not clues."""
     rng = np.random.default_rng(seed)
     size = isqrt(puzzles.shape[1])
     draft = solutions.copy()
@@ -83,7 +86,7 @@ def warm_start(backend: Backend, puzzles: Grids, solutions: Grids, config: Gener
 
 
 def frozen_clues(backend: Backend, puzzles: Grids, solutions: Grids, config: GenerationConfig, seed: int) -> dict[str, float]:
-    """The first :data:`FROZEN` puzzles with their clues frozen in the canvas, and the same puzzles without."""
+    """Solve the first :data:`FROZEN` puzzles with their clues frozen in the canvas, and without."""
     puzzles, solutions = puzzles[:FROZEN], solutions[:FROZEN]
     templates = np.where(puzzles > 0, to_tokens(puzzles), FREE).astype(np.int32)
     frozen = solve(backend, puzzles, solutions, config, seed=seed, frozen=templates)
@@ -98,8 +101,8 @@ def frozen_clues(backend: Backend, puzzles: Grids, solutions: Grids, config: Gen
 
 
 def causal(backend: Backend, puzzles: Grids, solutions: Grids) -> dict[str, float]:
-    """The weights as a causal language model: nats a token of the true continuation, up to the end of the turn, and the solve
-    rate of the likeliest token at a time."""
+    """The weights as a causal language model: nats per token of the true solution up to the end of the turn, and the solve rate
+    if the most likely token is written at each position."""
     cells = puzzles.shape[1]
     prompts, answers = prompt_tokens(puzzles), canvas_tokens(solutions)[:, : cells + 1]
     texts = np.concatenate([prompts, answers], axis=1)
@@ -115,7 +118,7 @@ def causal(backend: Backend, puzzles: Grids, solutions: Grids) -> dict[str, floa
 
 
 def agreement(results: Iterable[Solved]) -> float:
-    """Share of the puzzles for which all results hold the same tokens after the same number of steps."""
+    """Share of puzzles with the same tokens and the same number of steps in all results."""
     first, *others = results
     same = np.ones(len(first.tokens), bool)
     for other in others:
@@ -126,7 +129,7 @@ def agreement(results: Iterable[Solved]) -> float:
 def evaluate(
     backends: Mapping[str, Backend], puzzles: Grids, solutions: Grids, config: GenerationConfig, *, seed: int
 ) -> dict[str, Any]:
-    """All that is measured of one set of puzzles."""
+    """All measurements for one set of puzzles."""
     results = {
         name: solve(backend, puzzles, solutions, config, seed=seed, keep_drafts=True) for name, backend in backends.items()
     }
@@ -143,7 +146,7 @@ def evaluate(
 
 
 def tables(report: Mapping[str, Any]) -> Iterable[Table]:
-    """The report for a terminal; what is measured on one backend only is of the first."""
+    """The report as tables for a terminal. The second table shows the first backend."""
     solving = Table("clues", "backend", "solved", "steps", "tokens per forward", "puzzles/s", title="Diffusion")
     modes = Table(
         "clues", "same tokens", "taken back", "of these right", "warm start", "frozen clues", "causal loss", "causal solved"
@@ -168,13 +171,19 @@ def tables(report: Mapping[str, Any]) -> Iterable[Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--checkpoint", default="sudoku", help="a folder, or the name of a model in the package")
-    parser.add_argument("--backends", default="mlx,torch")
+    parser.add_argument(
+        "--checkpoint", default="sudoku", help="a folder, or the name of a model in the package (default %(default)s)"
+    )
+    parser.add_argument("--backends", default="mlx,torch", help="backends, separated by commas (default %(default)s)")
     parser.add_argument("--dtype", help="float32 or bfloat16")
-    parser.add_argument("--count", type=int, default=200, help="puzzles for each range of clues")
-    parser.add_argument("--clues", default="10-12,14-18,20-26", help="ranges of clues")
-    parser.add_argument("--seed", type=int, default=2, help="of the puzzles and of the sampler; training looks at 0")
-    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="another sampler option")
+    parser.add_argument("--count", type=int, default=200, help="puzzles for each range of clues (default %(default)s)")
+    parser.add_argument("--clues", default="10-12,14-18,20-26", help="ranges of clues, separated by commas (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=2, help="seed of the puzzles and the sampler; training uses 0 (default %(default)s)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="set a sampler option; may be repeated"
+    )
     parser.add_argument("--json", type=Path, help="file to write the report to")
     arguments = parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""What the tiny model is trained on: the two losses of a batch, through the project's own PyTorch graph.
+"""The training objective of the tiny model: the two losses of a batch, through the project's own PyTorch graph.
 
-Diffusion: t is uniform in (0, 1), and each token of the canvas is replaced with probability t by a uniform one. The model
-is to name the true token at every position, replaced or not; all count alike. In half of the batches it first makes a
-prediction without gradient, and sees that as its self-conditioning signal; in the others the signal is zero.
+Diffusion: t is uniform in (0, 1), and each token of the canvas is replaced by a uniform token with probability t. The model
+predicts the true token at every position, replaced or not, and all positions count alike. In half of the batches, the model first
+makes a prediction without gradient and gets it as its self-conditioning signal. In the other batches the signal is zero.
 
-Causal: the encoder pass predicts each next token of prompt and solution. The solution is appended to the cache only when the
-canvas has been denoised, so that the canvas sees no more than the prompt.
+Causal: the encoder pass predicts each next token of prompt and solution. The solution is appended to the cache after the canvas
+was denoised, so the canvas sees only the prompt.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from mlx_diffgemma.backends.torch.model import Segment, TextModel
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids int64 on the model's device.
+    """A batch of token ids, int64, on the model's device.
 
     Attributes:
         prompt: [B, N].
-        target: [B, L], the canvas as it should be.
+        target: [B, L], the true canvas.
         noisy: [B, L], the canvas that the model sees.
-        self_conditioned: whether the model sees a first prediction of its own.
+        self_conditioned: whether the model gets its own first prediction as the self-conditioning signal.
     """
 
     prompt: Tensor
@@ -42,14 +42,14 @@ class Batch:
 
 
 class Losses(NamedTuple):
-    """Mean cross-entropies, in nats a token."""
+    """Mean cross-entropies in nats per token."""
 
     diffusion: Tensor
     causal: Tensor
 
 
 def make_batch(puzzles: Grids, solutions: Grids, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
-    """Puzzles drawn from a pool [n, cells], in a random symmetric form, and their noisy canvases."""
+    """Random puzzles of a pool [n, cells], each in a random symmetric form, and their noisy canvases."""
     chosen = rng.integers(len(puzzles), size=batch_size)
     clues, answers = random_symmetry(rng, puzzles[chosen], solutions[chosen])
     target = canvas_tokens(answers)
@@ -65,19 +65,19 @@ def noisy_batch(
     rng: np.random.Generator,
     device: str,
 ) -> Batch:
-    """Prompts [B, N] and canvases [B, L], in which uniform tokens stand where ``replaced`` [B, L] says."""
+    """A batch of prompts [B, N] and canvases [B, L]. Where ``replaced`` [B, L] is true, the noisy canvas has a uniform token."""
     noisy = np.where(replaced, rng.integers(vocab_size, size=target.shape), target)
     prompts, targets, noisy = (torch.from_numpy(tokens.astype(np.int64)).to(device) for tokens in (prompt, target, noisy))
     return Batch(prompts, targets, noisy, bool(rng.random() < 0.5))
 
 
 def losses(model: TextModel, batch: Batch) -> Losses:
-    """Both losses of a batch, with gradients to every parameter; the signal's probabilities have none."""
+    """Both losses of a batch. Every parameter gets a gradient; the probabilities of the signal get none."""
     rows = len(batch.prompt)
     cache = TrainingCache(model.config, rows)
 
     def stream(tokens: Tensor) -> tuple[Tensor, list[Segment]]:
-        """Tokens [B, N] as the graph takes them: one row behind the other."""
+        """Tokens [B, N] in the form of the graph: all rows one after the other."""
         return tokens.flatten(), [Segment(0, tokens.numel(), cache)]
 
     prompt = model.encode(*stream(batch.prompt))
@@ -87,7 +87,7 @@ def losses(model: TextModel, batch: Batch) -> Losses:
             probabilities = model.head(model.denoise(*stream(batch.noisy))).softmax(dim=-1)
         signal = model.soft_embeddings(probabilities)
     canvas = model.head(model.denoise(*stream(batch.noisy), signal))
-    solution = model.encode(*stream(batch.target))  # only now: the canvas must not see it
+    solution = model.encode(*stream(batch.target))  # after the canvas, which must not see it
     hidden = torch.cat([states.unflatten(0, (rows, -1)) for states in (prompt, solution)], dim=1)  # [B, N + L, H]
     causal = model.head(hidden[:, :-1])
     following = torch.cat([batch.prompt, batch.target], dim=1)[:, 1:]

@@ -1,7 +1,7 @@
-"""Many Sudoku puzzles with one solution each, for training and for evaluation, and their random symmetric forms.
+"""Makes many Sudoku puzzles with one solution each for training and evaluation, and random symmetric forms of them.
 
-Reducing a grid to few clues takes a solver call a cell. Giving random clues back costs nothing and keeps the solution unique,
-so each reduced grid yields several puzzles.
+Reducing a grid to few clues takes one solver call per cell. Adding random clues again costs nothing and keeps the solution
+unique, so each reduced grid gives several puzzles.
 """
 
 import numpy as np
@@ -12,27 +12,27 @@ from mlx_diffgemma.errors import InputError
 
 Grids = NDArray[np.int8]
 
-_PER_GRID = 8  # puzzles of one reduced grid
-_BATCH = 32  # grids reduced before clues are given back, all at once
+_PER_GRID = 8  # puzzles from one reduced grid
+_BATCH = 32  # grids that are reduced before clues are added to all of them at once
 
 
 def make_puzzles(size: int, count: int, clues: tuple[int, int], seed: int, held_out: bool) -> tuple[Grids, Grids]:
-    """``count`` puzzles and their solutions, int8 [count, cells] each, the same for the same arguments.
+    """``count`` puzzles and their solutions, int8 [count, cells] each. The same arguments give the same puzzles.
 
     Args:
-        clues: fewest and most clues. The number is uniform between them, as far as each grid can be reduced: where it cannot
-            reach the fewest, from what it reached.
-        seed: 0 or more. Training and held-out puzzles of one seed come from different grids.
-        held_out: the puzzles that training never sees (:func:`mlx_diffgemma.demo.sudoku.is_held_out`), or the others.
+        clues: fewest and most clues. The number of clues is uniform between them. If a grid was not reduced to the fewest, the
+            range starts at the number it reached.
+        seed: 0 or more. Training and held-out puzzles with the same seed come from different grids.
+        held_out: whether to make puzzles that training never sees (:func:`mlx_diffgemma.demo.sudoku.is_held_out`) or others.
 
     Raises:
-        InputError: an argument is out of range, or ``MAX_GRIDS`` grids in a row gave no puzzle: so few clues are too rare.
+        InputError: an argument is out of range, or ``MAX_GRIDS`` grids in a row gave no puzzle because so few clues are rare.
     """
     low, high = clues
     for bound in clues:
         require_valid(size, bound, seed)
     if low > high:
-        raise InputError(f"the fewest clues, {low}, exceed the most, {high}")
+        raise InputError(f"the fewest clues, {low}, exceed the most, {high}; swap them")
     if count < 0:
         raise InputError(f"the count must be 0 or more, got {count}")
     rng = np.random.default_rng([seed, held_out])
@@ -55,10 +55,10 @@ def make_puzzles(size: int, count: int, clues: tuple[int, int], seed: int, held_
 
 
 def random_symmetry(rng: np.random.Generator, *grids: Grids) -> tuple[Grids, ...]:
-    """Random symmetric forms of grids int8 [n, cells], the same for row i of each array: a puzzle stays with its solution.
+    """Random symmetric forms of grids int8 [n, cells]. Row i of every array gets the same form, so a puzzle fits its solution.
 
-    Digits are relabelled, rows permuted within bands, columns within stacks, bands and stacks, and, where boxes are square,
-    half of the grids transposed. All of this keeps :func:`mlx_diffgemma.demo.sudoku.invariant`.
+    Digits are relabelled. Rows are permuted within bands, columns within stacks, and whole bands and stacks too. If boxes are
+    square, half of the grids are transposed. None of this changes :func:`mlx_diffgemma.demo.sudoku.invariant`.
     """
     count, cells = grids[0].shape
     size = next(size for size in BOXES if size * size == cells)
@@ -87,10 +87,10 @@ def _give_back(reduced: Grids, complete: Grids, low: int, high: int, rng: np.ran
     reduced, complete, reached = reduced[source], complete[source], reached[source]
     target = rng.integers(np.maximum(reached, low), high, endpoint=True)
     order = rng.random(reduced.shape)
-    order[reduced > 0] = -1.0  # what was left comes first
+    order[reduced > 0] = -1.0  # the clues that were left come first
     rank = order.argsort(1).argsort(1)
     batch = np.where(rank < target[:, None], complete, np.int8(0))
-    # A grid given nothing back, twice, is one puzzle.
+    # Grids to which nothing was added twice are equal: keep one.
     distinct = np.sort(np.unique(batch, axis=0, return_index=True)[1])
     return batch[distinct], complete[distinct]
 
@@ -101,7 +101,7 @@ def _permutations(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[n
 
 
 def _line_permutations(count: int, size: int, band: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """[count, size]: for each new line the old one, bands of ``band`` lines staying together."""
+    """[count, size]: the old line for each new line. Bands of ``band`` lines stay together."""
     bands = _permutations((count, size // band), rng)
     within = _permutations((count, size // band, band), rng)
     return (bands[:, :, None] * band + within).reshape(count, size)

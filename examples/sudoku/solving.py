@@ -1,4 +1,4 @@
-"""What a canvas holds, and many puzzles side by side through a backend and the sampler."""
+"""Makes canvases of grids, and solves many puzzles side by side with a backend and the sampler."""
 
 import time
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.demo.sudoku import from_tokens, to_tokens
 from mlx_diffgemma.sampler import Block, Draft, Text, diffuse
 
-#: Puzzles that go through the model in one pass.
+#: Maximum number of puzzles in one forward pass.
 MAX_BATCH = 64
 
 
 def canvas_length(size: int) -> int:
-    """Tokens of the canvas for a grid of ``size``: the cells, the end of the turn, and three of padding."""
+    """Canvas length for a grid of ``size``: its cells, the end of the turn, and three padding tokens."""
     return size * size + 4
 
 
 def canvas_tokens(grids: Grids) -> NDArray[np.int32]:
-    """Canvases int32 [n, L] of complete grids [n, cells], as the model is to write them."""
+    """Canvases int32 [n, L] of complete grids [n, cells], as the model should write them."""
     count, cells = grids.shape
     canvases = np.full((count, canvas_length(isqrt(cells))), PAD, np.int32)
     canvases[:, :cells] = to_tokens(grids)
@@ -34,15 +34,15 @@ def canvas_tokens(grids: Grids) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class Solved:
-    """What the sampler made of n puzzles.
+    """Results of the sampler for n puzzles.
 
     Attributes:
         tokens: int32 [n, L], the committed canvases.
-        solved: bool [n]. A puzzle has one solution, so that all cells must equal it.
-        steps: int [n], denoising steps.
-        new_tokens: int [n], up to and with the end token.
-        drafts: of each puzzle one a denoising step, if they were asked for.
-        seconds: wall time of all of it.
+        solved: bool [n]. A puzzle has one solution, so all cells must equal it.
+        steps: int [n], number of denoising steps.
+        new_tokens: int [n], number of tokens up to the end token, which counts.
+        drafts: for each puzzle one draft per denoising step, with ``keep_drafts``; else empty.
+        seconds: wall time for all puzzles.
     """
 
     tokens: NDArray[np.int32]
@@ -64,10 +64,10 @@ def solve(
     frozen: NDArray[np.int32] | None = None,
     keep_drafts: bool = False,
 ) -> Solved:
-    """Solve puzzles int8 [n, cells] in a canvas each, many in a pass; puzzle i has the seed ``seed`` + i.
+    """Solve puzzles int8 [n, cells], each in one canvas and many in one pass. Puzzle i has the seed ``seed`` + i.
 
     Args:
-        canvas, frozen: int32 [n, P], of each puzzle what :class:`~mlx_diffgemma.sampler.Text` says.
+        canvas, frozen: int32 [n, P], for each puzzle as in :class:`~mlx_diffgemma.sampler.Text`.
     """
     length = config.canvas_length or backend.config.canvas_length
     texts = [

@@ -1,8 +1,8 @@
-"""Train the tiny Sudoku model from nothing, through the project's own PyTorch graph, and write a checkpoint.
+"""Trains the tiny Sudoku model from scratch with the project's own PyTorch graph, and writes a checkpoint.
 
     python examples/sudoku/train.py OUT [--size 6] [--steps 6000] [--resume]
 
-What lies in ``OUT`` is said in :mod:`trainer`.
+:mod:`trainer` describes the content of ``OUT``.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from mlx_diffgemma.errors import InputError
 #: Fewest and most clues of the training pool, by the size of the grid.
 CLUES = {4: (4, 12), 6: (10, 26), 9: (26, 60)}
 
-#: Sliding windows, by the size of the grid: a canvas sees all of its prompt, a causal pass of prompt and solution slides.
+#: Sliding windows, by the size of the grid. A canvas sees its whole prompt; in a causal pass over both, the window slides.
 WINDOWS = {4: 32, 6: 64, 9: 128}
 
-#: generation_config.json: how this model samples best, of what was tried with ``evaluate.py --set`` on held-out puzzles with 10
-#: to 12 clues. The hub's settings, 0.8 to 0.4 and a confidence of 0.005, solve 82%: too little noise to get away from a wrong
-#: cell. These solve 92%. From 1.6 it is 93% in twice the steps; entropy bounds of 0.02 to 0.3 make no difference.
+#: generation_config.json: the best sampling options of those tried with ``evaluate.py --set`` on held-out puzzles with 10 to 12
+#: clues. The hub's options (temperature 0.8 to 0.4, confidence 0.005) solve 82%: too little noise to leave a wrong cell. These
+#: solve 92%. Starting at temperature 1.6 solves 93% in twice the steps. Entropy bounds of 0.02 to 0.3 make no difference.
 GENERATION: dict[str, Any] = {
     "confidence_threshold": 0.02,
     "eos_token_id": [EOS, END_OF_TURN],
@@ -44,7 +44,7 @@ GENERATION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Options(RunOptions):
-    """What a run depends on; two runs with the same options give the same curve on one machine."""
+    """The options of a run. On one machine, the same options give the same curve."""
 
     size: int = 6
     pool: int = 50_000
@@ -52,11 +52,11 @@ class Options(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size not in CLUES:
-            raise InputError(f"the size of a Sudoku is 4, 6 or 9, not {self.size}")
+            raise InputError(f"the size of a Sudoku must be 4, 6 or 9, got {self.size}")
 
 
 class Trainer(BaseTrainer):
-    """Puzzles of one size, from a pool that is made beforehand."""
+    """Trains on puzzles of one size, from a pool that is made beforehand."""
 
     options_type, metric = Options, "solve_rate"
 
@@ -70,7 +70,7 @@ class Trainer(BaseTrainer):
         return make_batch(*self.pool, self.options.batch_size, rng, self.options.device)
 
     def evaluate(self, backend: Backend, config: GenerationConfig) -> float:
-        """Share of the held-out puzzles that the model solves now."""
+        """Share of the held-out puzzles that the model solves."""
         return float(solve(backend, *self.held_out, config).solved.mean())
 
     def write_tokenizer(self, folder: Path) -> None:

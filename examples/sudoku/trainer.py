@@ -1,8 +1,8 @@
-"""The training loop of a tiny model: any language that makes batches and says how well it is known.
+"""The training loop of a tiny model. A language plugs in as a subclass that makes batches and measures the model.
 
-``OUT/curve.jsonl`` grows as it trains; ``OUT/checkpoint`` is a whole checkpoint, renewed at every evaluation; ``OUT/state.pt``
-holds what ``--resume`` needs. Whatever is random in step s is drawn from a generator of (seed, s): a run that was resumed
-gives the curve of one that was not.
+``OUT/curve.jsonl`` gets a line at every log step. ``OUT/checkpoint`` is a complete checkpoint, rewritten at every evaluation.
+``OUT/state.pt`` holds the state for ``--resume``. All random numbers of step s come from a generator seeded with (seed, s), so a
+resumed run gives the same curve as an uninterrupted one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mlx_diffgemma.errors import InputError
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run depends on, whatever the language; two runs with the same options give the same curve on one machine."""
+    """The options of a run in any language. On one machine, the same options give the same curve."""
 
     steps: int = 6000
     batch_size: int = 64
@@ -48,21 +48,21 @@ class RunOptions:
             raise InputError(f"evaluate_every {self.evaluate_every} must be a multiple of log_every {self.log_every}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warmup, then half a cosine down to zero; ``step`` from 0."""
+        """Learning rate of ``step`` (from 0): linear warmup, then half a cosine down to zero."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
 
 
 class BaseTrainer(ABC):
-    """A run: the model, its optimizer, and how far it is. A subclass names its language; it is made of its options alone.
+    """A run: the model, its optimizer and its progress. A subclass defines the language. Its only argument is its options.
 
     Attributes:
-        options_type: the class of its options.
-        metric: the curve's name of what :meth:`evaluate` returns.
-        generation: what goes into generation_config.json.
-        step: steps taken.
-        seconds: wall time spent training, over all resumptions.
+        options_type: class of the options.
+        metric: name of the result of :meth:`evaluate` in the curve.
+        generation: content of generation_config.json.
+        step: number of steps done.
+        seconds: wall time of the training, including the time before it was resumed.
     """
 
     options_type: ClassVar[type[RunOptions]]
@@ -77,18 +77,18 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def make_batch(self, rng: np.random.Generator) -> Batch:
-        """What one step trains on."""
+        """A new batch for one step."""
 
     @abstractmethod
     def evaluate(self, backend: Backend, config: GenerationConfig) -> float:
-        """How well the model knows held-out data now."""
+        """The current quality of the model on held-out data, 0 to 1."""
 
     @abstractmethod
     def write_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files into ``folder``, which exists."""
+        """Write the tokenizer's files into the existing ``folder``."""
 
     def train_step(self) -> tuple[float, float]:
-        """One step of gradient descent; its diffusion and its causal loss."""
+        """Do one step of gradient descent. Returns its diffusion loss and its causal loss."""
         batch = self.make_batch(np.random.default_rng([self.options.seed, self.step]))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate_at(self.step)
@@ -101,7 +101,7 @@ class BaseTrainer(ABC):
         return both.diffusion.item(), both.causal.item()
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train to the end; yields the lines of the curve. Mean losses are those since the line before."""
+        """Train to the end. Yields the lines of the curve; losses are means over the steps since the line before."""
         options, recent, started = self.options, [], time.perf_counter() - self.seconds
         while self.step < options.steps:
             recent.append(self.train_step())
@@ -133,7 +133,7 @@ class BaseTrainer(ABC):
 
     @classmethod
     def resumed(cls, folder: Path) -> Self:
-        """As :meth:`save` left it; the options are those it began with."""
+        """The trainer that :meth:`save` wrote, with its original options."""
         state = torch.load(folder / "state.pt", weights_only=True)
         trainer = cls(cls.options_type(**state["options"]))  # type: ignore[call-arg,arg-type]
         trainer.model.load_state_dict(state["model"])
@@ -143,7 +143,7 @@ class BaseTrainer(ABC):
 
 
 def train(folder: Path, trainer: BaseTrainer) -> TextModel:
-    """Run to the end. Lines of the curve that lie after the trainer's step, of a run that was cut off, are written anew."""
+    """Train to the end. Lines of an interrupted run after the trainer's step are removed from the curve and written again."""
     folder.mkdir(parents=True, exist_ok=True)
     curve = folder / "curve.jsonl"
     before = curve.read_text().splitlines() if curve.exists() and trainer.step else []
@@ -159,13 +159,15 @@ def train(folder: Path, trainer: BaseTrainer) -> TextModel:
 
 
 def from_command_line(kind: type[BaseTrainer], description: str) -> tuple[Path, BaseTrainer]:
-    """The folder to write into, and the trainer, new or resumed: a script's command line has every field of its options."""
+    """The output folder and the trainer, new or resumed. Every field of the options is an option of the command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, help="folder to write into")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt, with the options it began with")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; so small a model gains little from more")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/state.pt with its original options")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; more help little with so small a model (default %(default)s)"
+    )
     for name, default in asdict(kind.options_type()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
     arguments = vars(parser.parse_args())
     folder, resume = arguments.pop("out"), arguments.pop("resume")
     torch.set_num_threads(arguments.pop("threads"))

@@ -1,7 +1,7 @@
-"""The tokenizer files of the tiny Sudoku checkpoint: 16 tokens, one a character, and a chat template without roles.
+"""The tokenizer files of the tiny Sudoku checkpoint: 16 tokens, one per character, and a chat template without roles.
 
-A chat of one user turn renders to ``<bos><|turn>CELLS<turn|><|turn>``, one token a cell. White space does not count and ``0``
-and ``_`` read as ``.``, so that a grid may be typed in rows.
+A chat of one user turn renders to ``<bos><|turn>CELLS<turn|><|turn>``, one token per cell. White space is ignored, so a grid may
+be typed in rows. ``0`` and ``_`` are read as ``.``.
 """
 
 import json
@@ -39,7 +39,7 @@ _CHAT_TEMPLATE = """\
 
 
 def prompt_tokens(puzzles: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Prompts int32 [n, cells + 4] of puzzles [n, cells]: what the chat template renders a user turn with the puzzle to."""
+    """Prompts int32 [n, cells + 4] of puzzles [n, cells]: a user turn with the puzzle, as the chat template renders it."""
     before, after = np.array([BOS, TURN], np.int32), np.array([END_OF_TURN, TURN], np.int32)
     shape = (len(puzzles), 2)
     return np.concatenate([np.broadcast_to(before, shape), to_tokens(puzzles), np.broadcast_to(after, shape)], axis=1)
@@ -48,18 +48,18 @@ def prompt_tokens(puzzles: NDArray[np.int8]) -> NDArray[np.int32]:
 def write_tokenizer(
     folder: Path, vocabulary: Sequence[str] = VOCABULARY, normalizer: normalizers.Normalizer | None = _NORMALIZER
 ) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into ``folder``, which exists.
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into the existing ``folder``.
 
     Args:
         vocabulary: :data:`SPECIAL`, then single characters.
-        normalizer: what a text goes through before it is split into characters; None for nothing.
+        normalizer: applied to a text before it is split into characters; None for no change.
     """
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.add_special_tokens(list(SPECIAL))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without one, decoding puts spaces between tokens
+    tokenizer.decoder = decoders.Fuse()  # without a decoder, spaces would appear between tokens
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,1 +1,1 @@
-"""Conversations: markup told apart, replies, and the turns of a user and a model."""
+"""Chat: reads the markup of replies, and keeps the turns of a user and a model."""

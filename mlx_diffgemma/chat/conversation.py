@@ -1,4 +1,4 @@
-"""A conversation: messages in, events out, with the KV cache kept over its turns."""
+"""Conversations: take messages and yield events, and keep the KV cache over the turns."""
 
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,25 +14,25 @@ from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
 from mlx_diffgemma.settling import Settled
 from mlx_diffgemma.writing import Content, Part, Reasoning, ToolCall, Writing, fresh_seed, sampling_config
 
-#: Says in a saved file what it is.
+#: The value of ``format`` in a saved conversation.
 FORMAT = "mlx-diffgemma conversation"
 
 
 class Conversation:
-    """Turns of a user, or of tools, and of a model.
+    """The turns of a user (or of tools) and a model.
 
-    Only what a turn adds is encoded for it, where the chat template writes the earlier turns as they were. Where it leaves a
-    thought out, what follows the last prompt is encoded again.
+    Each turn encodes only its new tokens, as long as the chat template renders the earlier turns unchanged. If the template
+    leaves out a thought, everything after the last prompt is encoded again.
 
     Args:
         system: instructions before the first turn.
-        tools: JSON schemas of functions that the model may call, as the OpenAI API has them.
-        thinking: have the model think before it answers.
-        kept: where the KV cache is kept; give one to several conversations to bound their memory together.
+        tools: JSON schemas of functions that the model may call, in the form of the OpenAI API.
+        thinking: let the model think before it replies.
+        kept: the prefix cache that keeps the KV cache. Several conversations can share one, which limits their memory together.
 
     Attributes:
-        messages: of the turns so far, as the OpenAI API has them, but for a tool call's arguments, which are a mapping. They may
-            be changed between two turns.
+        messages: the messages of the turns so far, in the form of the OpenAI API, except that a tool call's arguments are a
+            mapping. They may be changed between two turns.
     """
 
     def __init__(
@@ -61,23 +61,23 @@ class Conversation:
         stopping: Callable[[], bool] = bool,
         **options: Unpack[SamplerOptions],
     ) -> Generator[ReplyEvent]:
-        """Add a turn, and have the model reply.
+        """Add a turn, and yield the model's reply.
 
-        When the reply is finished it is the last of the messages. Where reading stops before that, what has come of it so far
-        is; where nothing has, the turn is taken back, as it is after an error.
+        The finished reply becomes the last message. If you stop reading early, or after an error, the part of the reply so far
+        becomes the last message. If there is no such part, the turn is removed.
 
         Args:
-            message: the user's text; or a message, such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or
-                several.
+            message: the user's text, a message such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or a list of
+                messages.
             mode, seed, stop, settled, logprobs, options: as in :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`.
-            stopping: asked after each block or token; true ends the reply there, with "length".
+            stopping: called after each block or token. If it returns true, the reply ends there, with finish reason "length".
 
         Yields:
-            What :func:`~mlx_diffgemma.chat.reply.reply` does. Read to the end: behind the Reply, its end is encoded for the next
-            turn.
+            The events of :func:`~mlx_diffgemma.chat.reply.reply`. Read to the end: after the Reply, the end of the reply is
+            encoded for the next turn.
 
         Raises:
-            InputError: when the first event is asked for; the conversation stays as it was.
+            InputError: when the first event is requested. The conversation is then unchanged.
         """
         writing = Writing(
             config=sampling_config(self.model.checkpoint.generation, mode, options),
@@ -114,20 +114,20 @@ class Conversation:
                 del self.messages[before:]
 
     def prompt(self) -> str:
-        """What the chat template makes of the messages so far."""
+        """The messages so far, rendered by the chat template."""
         return self.model.tokenizer.render(self._all(), tools=self.tools, enable_thinking=self.thinking)
 
     def _read(self, writing: Writing) -> Context:
         ids = self.model.tokenizer.chat(self._all(), tools=self.tools, enable_thinking=self.thinking)
         tokens = self.model.prompt_ids(ids)
-        writing.check(self.model.backend.config, tokens)  # before a long prompt is read
+        writing.check(self.model.backend.config, tokens)  # raises before a long prompt is encoded
         return read(self.model.backend, tokens, self.model.piece_rule, self.kept)
 
     def _all(self) -> list[dict[str, Any]]:
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
 
     def _answer(self, said: Sequence[Part]) -> dict[str, Any]:
-        """The assistant's message of what it said."""
+        """The assistant's message with these parts."""
         answer: dict[str, Any] = {
             "role": "assistant",
             "content": "".join(part.text for part in said if isinstance(part, Content)),
@@ -143,9 +143,9 @@ class Conversation:
         return answer
 
     def save(self, file: Path) -> None:
-        """Write the messages, the system text, the tools and whether it thinks, as JSON, to a new file or in place of an old one.
+        """Save the messages, ``system``, ``tools`` and ``thinking`` as JSON. Replaces an existing file.
 
-        Raises OSError; an old file is then as it was.
+        If this raises OSError, an existing file is unchanged.
         """
         content = {
             "format": FORMAT,
@@ -158,13 +158,13 @@ class Conversation:
 
     @classmethod
     def load(cls, model: DiffusionGemma, file: Path, *, kept: PrefixCache | None = None) -> Self:
-        """A conversation as :meth:`save` wrote it. Raises OSError, or InputError where it is no such file."""
+        """Load a conversation that :meth:`save` wrote. Raises OSError, or InputError if the file is not a saved conversation."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as wrong:  # of the JSON, or of its UTF-8; or it is nested without end
+        except (ValueError, RecursionError) as wrong:  # not JSON, not UTF-8, or nested too deep
             raise InputError(f"{file}: not a saved conversation: {wrong}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{file}: not a saved conversation; one is written by /save in mlx-diffgemma chat")
+            raise InputError(f"{file}: not a saved conversation; write one with /save in mlx-diffgemma chat")
         system, tools, thinking, messages = (content.get(name) for name in ("system", "tools", "thinking", "messages"))
         if (
             not isinstance(system, str | None)
@@ -173,9 +173,9 @@ class Conversation:
             or not isinstance(messages, list)
             or not all(isinstance(message, dict) and isinstance(message.get("tool_calls", []), list) for message in messages)
         ):
-            raise InputError(f"{file}: a saved conversation, but damaged: a field is missing or of another type")
+            raise InputError(f"{file}: this saved conversation is damaged: a field is missing or has the wrong type")
         loaded = cls(model, system=system, tools=tools, thinking=thinking, kept=kept)
         loaded.messages = messages
         if messages:
-            loaded.prompt()  # raises for messages of the wrong form
+            loaded.prompt()  # raises if messages have the wrong form
         return loaded

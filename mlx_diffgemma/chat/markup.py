@@ -1,25 +1,26 @@
-"""The markup of a reply: thoughts, answer and tool calls told apart while the text still grows.
+"""The parser of a reply's markup: separates thoughts, answer and tool calls while the text still grows.
 
-Gemma 4 writes ``<|channel>thought\\n...<channel|>`` around what it thinks, and calls a tool by
-``<|tool_call>call:NAME{key:value,...}<tool_call|>``: keys are bare, strings stand between ``<|"|>`` and are not escaped, other
-values are JSON's, in ``{...}`` and ``[...]`` again. ``<turn|>`` or ``<|tool_response>`` ends the reply.
+Gemma 4 writes a thought as ``<|channel>thought\\n...<channel|>``, and a tool call as
+``<|tool_call>call:NAME{key:value,...}<tool_call|>``. Keys are bare. Strings stand between two ``<|"|>`` and are not escaped.
+Other values are as in JSON, with ``{...}`` and ``[...]`` in the same notation. ``<turn|>`` or ``<|tool_response>`` ends the
+reply.
 
-How it is read:
+The rules:
 
-- What lies in a channel is reasoning, whatever the channel's name, as for the chat template, which drops every channel of an
-  earlier reply. The heading ``thought\\n`` and one newline before ``<channel|>`` belong to the markup: the template writes them.
-- All else is the answer. Text is kept to the character, except that white space between a thought and the answer is dropped, and
-  so is a stretch of nothing but white space before or behind a call, a thought, or the whole reply.
-- Where a call has been opened and what follows is no call, or never ends, the opening is a stray marker, and what follows is
-  text, so that a person sees what was tried. Stray markers are dropped.
-- In a call, white space between the parts is skipped, a key may stand between ``<|"|>``, a comma may be the last, and ``None``,
-  ``True`` and ``False``, which some chat templates write, are read as JSON's.
-- A call within a thought counts; the thought goes on behind it.
-- No marker is ever shown. Where shown text would come to spell one across what was left out between, its last character is
+- Text in a channel is reasoning, whatever the channel's name. (The chat template also drops every channel of an earlier reply.)
+  The heading ``thought\\n`` and one newline before ``<channel|>`` belong to the markup, because the template writes them.
+- All other text is the answer. Text is kept to the character, with two exceptions: white space between a thought and the answer
+  is dropped, and so is text that consists only of white space before or after a call, a thought or the whole reply.
+- If a call is opened but what follows is not a call, or never ends, the opening is a stray marker and what follows is text, so
+  that a person sees what the model tried. Stray markers are dropped.
+- In a call, white space between the parts is skipped, a key may stand between two ``<|"|>``, a comma may come last, and ``None``,
+  ``True`` and ``False``, which some chat templates write, are read as JSON's null, true and false.
+- A call within a thought counts, and the thought continues after it.
+- No marker is ever shown. If dropping something between two texts would make them spell a marker, the marker's last character is
   dropped.
 
-The response parser of transformers 5.23 is not used: it ends a call at a ``<tool_call|>`` inside a string, reads keys of word
-characters only, has neither ``None`` nor a way back from a call that it cannot read, which raises ValueError; and it strips text.
+The response parser of transformers 5.23 is not used. It ends a call at a ``<tool_call|>`` inside a string, reads only keys of
+word characters, does not know ``None``, raises ValueError for a call that it cannot read, and strips text.
 """
 
 import json
@@ -38,18 +39,18 @@ _ENDS = (TURN, TURN_END, RESPONSE)
 
 
 class ReplyParser:
-    """Reads a reply's text in pieces. The parts do not depend on where it is cut, but for where a text's stretches end.
+    """Reads a reply's text as it grows. The parts do not depend on how the text arrives, except for how a text is split into
+    parts.
 
     Args:
-        thought: what the prompt holds already of a thought in which the reply begins, from its heading on; None where it begins
-            in none.
+        thought: if the prompt ends inside a thought, the text of that thought so far, from its heading on; otherwise None.
     """
 
     def __init__(self, thought: str | None = None) -> None:
-        self._text, self._at = "", 0  # what has not been read is behind _at
-        self._call: _Call | None = None  # being read, from _at on
+        self._text, self._at = "", 0  # the text from _at on has not been read
+        self._call: _Call | None = None  # the call that is being read, from _at on
         self._ended = False
-        self._tails = {Reasoning: "", Content: ""}  # the end of what has been shown of each kind
+        self._tails = {Reasoning: "", Content: ""}  # the last characters that were shown of each kind
         self._begin(Content if thought is None else Reasoning)
         if thought is not None:
             if _is_unfinished_heading(thought):
@@ -58,19 +59,19 @@ class ReplyParser:
                 self._fresh = False
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that became certain with ``text``. What may be the beginning of a marker or a call is held back."""
+        """Add ``text``, and return the parts that are now certain. Text that may begin a marker or a call is held back."""
         self._text += text
         return self._read(final=False)
 
     def close(self) -> list[Part]:
-        """What was held back, the reply being over. Nothing comes after it."""
+        """End the reply, and return the parts that were held back."""
         return self._read(final=True)
 
     def _begin(self, kind: type[Reasoning] | type[Content], *, strip: bool = False) -> None:
-        """Begin a stretch, with leading white space dropped if ``strip``; what was held of the one before is dropped."""
+        """Begin a text of ``kind``. ``strip`` drops its leading white space. Text held back from the one before is dropped."""
         self._kind, self._strip = kind, strip
-        self._fresh = True  # nothing of it has been shown
-        self._held = ""  # its heading or white space, of which what follows decides
+        self._fresh = True  # no character of it has been shown
+        self._held = ""  # a heading or white space; the text that follows decides whether it is shown
 
     def _read(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
@@ -103,7 +104,7 @@ class ReplyParser:
         return parts
 
     def _certain(self) -> int:
-        """Where a marker may begin at the text's end, or else its end."""
+        """Where an unfinished marker may begin at the text's end, or else the text's end."""
         start = self._text.rfind("<", self._at)
         unfinished = start >= 0 and any(marker.startswith(self._text[start:]) for marker in MARKERS)
         return start if unfinished else len(self._text)
@@ -117,7 +118,7 @@ class ReplyParser:
             self._call = _Call()
 
     def _readable(self, text: str) -> str:
-        """What of the stretch can be shown, now that ``text`` has come."""
+        """The text that can be shown, now that ``text`` has arrived."""
         text = self._held + text
         if self._fresh and (_is_unfinished_heading(text) if self._kind is Reasoning else not text.strip()):
             self._held = text
@@ -129,7 +130,7 @@ class ReplyParser:
         return text[: len(text) - len(self._held)]
 
     def _release(self) -> list[Part]:
-        """End a stretch that no ``<channel|>`` ends: a thought shows its last newline, and goes on; an answer begins anew."""
+        """Called before a call and at the reply's end: a thought shows the newline that was held back, an answer begins again."""
         if self._kind is Content:
             self._begin(Content)
         if self._fresh:
@@ -153,7 +154,7 @@ def _is_unfinished_heading(text: str) -> bool:
 
 # --- tool calls
 
-#: What a call consists of: ("string", text), ("word", text) or ("sign", one of { } [ ] , : and the end of the call).
+#: A token of a call: ("string", text), ("word", text), or ("sign", one of { } [ ] , : or the end of the call).
 _Token = tuple[str, str]
 
 _TOKEN = re.compile(
@@ -165,12 +166,12 @@ _TOKEN = re.compile(
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 
-#: Objects and lists within each other; Python's own JSON gives up at some hundreds.
+#: The most objects and lists within each other. Python's own JSON fails at some hundreds.
 _MAX_DEPTH = 100
 
 
 class _Call:
-    """Reads a call from behind its opening marker on; each token once, however the text is cut."""
+    """Reads a call, from after its opening marker. Each token is read once, however the text arrives."""
 
     def __init__(self) -> None:
         self.length = 0  # characters read
@@ -178,7 +179,7 @@ class _Call:
         next(self._reader)
 
     def read(self, text: str, start: int) -> ToolCall | None:
-        """The call that begins at ``start``; None where more text must come. Raises ValueError where it is none."""
+        """The call that begins at ``start``, or None if more text is needed. Raises ValueError if it is not a call."""
         while found := _next_token(text, start + self.length):
             token, end = found
             self.length = end - start
@@ -191,7 +192,7 @@ class _Call:
 
 
 def _next_token(text: str, start: int) -> tuple[_Token, int] | None:
-    """The token and where it ends; None where more text must come. Raises ValueError for a marker that belongs in no call."""
+    """The token and where it ends, or None if more text is needed. Raises ValueError for a marker that cannot be in a call."""
     match = _TOKEN.match(text, start)
     if match is None:
         rest = text[start:].lstrip()
@@ -205,7 +206,7 @@ def _next_token(text: str, start: int) -> tuple[_Token, int] | None:
 
 
 def _read_call() -> Generator[None, _Token, ToolCall]:
-    """A generator that is sent the tokens and returns the call, or raises ValueError at the first that does not belong."""
+    """A generator that takes tokens and returns the call. Raises ValueError at the first token that does not fit."""
     _expect((yield), "word", "call")
     _expect((yield), "sign", ":")
     kind, name = yield
@@ -270,7 +271,7 @@ def _constant(word: str) -> Any:
         return _CONSTANTS[word]
     if not _NUMBER.fullmatch(word):
         raise ValueError
-    number = json.loads(word)  # refuses leading zeros, and integers too long for Python
-    if number in (math.inf, -math.inf):  # JSON has neither
+    number = json.loads(word)  # refuses leading zeros, and integers that are too long for Python
+    if number in (math.inf, -math.inf):  # JSON has no infinity
         raise ValueError
     return number

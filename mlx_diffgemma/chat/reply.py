@@ -1,4 +1,4 @@
-"""One reply of a model: thoughts, answer and tool calls told apart."""
+"""Writes one reply of a model, with its thoughts, answer and tool calls separate."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ class Reply:
     """A finished reply.
 
     Attributes:
-        reasoning: the thinking channel's text.
+        reasoning: the text of the thinking channel.
         content: the answer.
-        tool_calls: in order.
-        finish_reason: "stop" (the model ended it, or a stop text came), "tool_calls" (it ended behind some) or "length".
+        tool_calls: the tool calls, in order.
+        finish_reason: "stop" (the model ended the reply, or a stop text was found), "tool_calls" (the same, with tool calls) or
+            "length".
         tokens, seed, statistics, logprobs, cached_tokens, unsettled: as in :class:`~mlx_diffgemma.writing.Generation`.
     """
 
@@ -36,7 +37,7 @@ class Reply:
 
     @classmethod
     def of(cls, generation: Generation) -> "Reply":
-        """What has been generated, as a reply."""
+        """Make a reply from a finished generation."""
         calls = tuple(part for part in generation.parts if isinstance(part, ToolCall))
         return cls(
             reasoning="".join(part.text for part in generation.parts if isinstance(part, Reasoning)),
@@ -52,23 +53,24 @@ class Reply:
         )
 
 
-#: What :func:`reply` yields. Parts are stretches of text: several make up what a :class:`Reply` has whole.
+#: The events of :func:`reply`. A Part can be a piece of a text that the :class:`Reply` has as a whole.
 ReplyEvent = Draft | Block | Token | Part | Reply
 
 
 def reply(
     model: DiffusionGemma, context: Context, writing: Writing, *, stopping: Callable[[], bool] = bool
 ) -> Iterator[ReplyEvent]:
-    """Write a reply to a prompt that has been read, whose cache is used up.
+    """Write a reply to a prompt that has been encoded. This changes the context's cache.
 
     Args:
         stopping: as in :func:`~mlx_diffgemma.writing.write`.
 
     Yields:
-        What write does, with thoughts and tool calls told from the answer, and a :class:`Reply` in place of the Generation.
+        The events of write, with thoughts and tool calls separate from the answer, and a :class:`Reply` instead of the
+        Generation.
 
     Raises:
-        InputError: at once, before the first event is asked for.
+        InputError: by this call itself, before the first event is requested.
     """
     thought = model.tokenizer.opened_thought(context.tokens.tolist())
     events = write(model.backend, model.tokenizer, context, writing, reader=lambda: ReplyParser(thought), stopping=stopping)

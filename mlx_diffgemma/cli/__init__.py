@@ -1,6 +1,7 @@
-"""The command line ``mlx-diffgemma``: what a person asked for on standard output, everything else on standard error.
+"""The command line ``mlx-diffgemma``: finds the commands and reports their errors.
 
-Exit status: 0, or 2 with one line that says what is wrong, or 130 after Ctrl-C. A traceback is a bug.
+Results go to standard output, everything else to standard error. The exit status is 0 on success, 2 after an error (one line
+says what is wrong), and 130 after Ctrl-C. ``verify`` and ``demo`` also use 1. A traceback is a bug.
 """
 
 import errno
@@ -13,7 +14,7 @@ import click
 
 from mlx_diffgemma.errors import DiffGemmaError
 
-#: Each is a module of this package that has a command of its own name; it is imported when it is called for.
+#: Each command is in the module of the same name, which is imported only when the command is used.
 COMMANDS = ("generate", "infill", "revise", "chat", "serve", "demo", "info", "verify", "bench", "convert")
 
 
@@ -25,7 +26,7 @@ class _Failure(click.ClickException):
 
 
 class _Commands(click.Group):
-    """Finds the commands, and turns what goes wrong in them into a line and an exit status."""
+    """Finds the commands, and turns their errors into one line and an exit status."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -42,12 +43,12 @@ class _Commands(click.Group):
         except DiffGemmaError as error:
             raise _Failure(str(error)) from error
         except KeyboardInterrupt:
-            click.echo(err=True)  # ends the line that the text had reached
+            click.echo(err=True)  # ends the unfinished line of text
             ctx.exit(130)
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # click ends quietly: nobody reads on
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (at exit Python would try, and fail, to write the rest again)
+                raise  # the reader has closed the pipe, and click exits quietly
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else Python tries to write the rest at exit, and fails again)
             place = f"{error.filename}: " if error.filename else ""
             raise _Failure(f"{place}{error.strerror or error}") from error
 
@@ -55,9 +56,10 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlx-diffgemma", message="%(prog)s %(version)s")
 def main() -> None:
-    """Run DiffusionGemma on Apple silicon (MLX) and on NVIDIA GPUs (PyTorch), with the same tokens.
+    """Run DiffusionGemma on Apple silicon (MLX) and on NVIDIA GPUs and CPUs (PyTorch), with the same tokens.
 
-    MODEL is everywhere a folder, or a hub id such as google/diffusiongemma-26B-A4B-it.
+    In every command, MODEL is a folder, a hub id such as google/diffusiongemma-26B-A4B-it, or sudoku, the tiny model that comes
+    with this package.
     """
-    # transformers has advice for those who call it themselves.
+    # The warnings of transformers are for programs that call it directly.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

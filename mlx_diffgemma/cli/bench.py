@@ -1,4 +1,4 @@
-"""``mlx-diffgemma bench``: how fast a checkpoint runs here."""
+"""``mlx-diffgemma bench``: measures the speed and memory of a checkpoint on this machine."""
 
 import dataclasses
 import json
@@ -13,10 +13,15 @@ from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.reports import speed
 
 
-@click.command(short_help="Measure speed and memory.")
+@click.command(short_help="Measure speed and memory on this machine.")
 @source_options
 @click.option(
-    "--prompt-length", type=int, default=speed.PROMPT_LENGTH, show_default=True, metavar="N", help="Random prompt tokens."
+    "--prompt-length",
+    type=int,
+    default=speed.PROMPT_LENGTH,
+    show_default=True,
+    metavar="N",
+    help="Length of the random prompt, in tokens.",
 )
 @click.option(
     "--repeats",
@@ -24,13 +29,13 @@ from mlx_diffgemma.reports import speed
     default=speed.REPEATS,
     show_default=True,
     metavar="N",
-    help="Measurements of the prompt, the step and the token.",
+    help="Times to measure the prompt, the step and the token.",
 )
-@click.option("--warmup", type=int, default=speed.WARMUP, show_default=True, metavar="N", help="Runs before those that count.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens and the sampler.")
+@click.option("--warmup", type=int, default=speed.WARMUP, show_default=True, metavar="N", help="Runs before the measured ones.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random tokens and the sampler.")
 @sampler_options
 @backend_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def bench(
     model: str,
     revision: str | None,
@@ -44,15 +49,14 @@ def bench(
     as_json: bool,
     **sampler: Any,
 ) -> None:
-    """Measure MODEL on a random prompt: the prompt itself, one denoising step after it, one token of the causal mode, and a text
-    of --max-new-tokens.
+    """Measure how fast MODEL reads a random prompt, runs one denoising step, writes one causal token, and writes a text of
+    --max-new-tokens.
 
-    Of all but the text, the median and the range of --repeats runs are shown. The text is written once; the options of the
-    sampler (--max-new-tokens to --greedy) default to MODEL's own, and no token ends it. After a random prompt a trained model
-    takes more steps than after a real one, so the tokens per second of real texts are higher.
+    The table shows the median, minimum and maximum of --repeats runs. The text is written once, and no token ends it early. A
+    trained model takes more steps after a random prompt than after a real one, so real texts are written faster.
 
-    The last table tells which mode of `generate` is faster here. That depends on how many tokens a denoising step settles, which
-    the summary of `generate` shows for a text of yours.
+    The last table shows which mode of `generate` is faster here. That depends on how many tokens each denoising step settles:
+    `generate` prints this number (tokens per step) for your own prompts.
     """
     checkpoint = Checkpoint.open(model, revision)
     config = checkpoint.generation.replace(**sampler)

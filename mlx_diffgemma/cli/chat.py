@@ -1,4 +1,4 @@
-"""``mlx-diffgemma chat``: a conversation that can be watched, stopped, taken back, saved and gone on with."""
+"""``mlx-diffgemma chat``: a conversation in the terminal, with commands to undo, retry, save and load."""
 
 import json
 import sys
@@ -27,25 +27,25 @@ from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.sampler import Block, Draft
 from mlx_diffgemma.writing import MODES, Content, Part, Reasoning, ToolCall, sampling_config
 
-#: Is shown every event of a reply, as it happens.
+#: Receives every event of a reply as it happens.
 View = Callable[[ReplyEvent], None]
 
 _SEEDS = 2**64
 
-# In what style the parts of a reply are shown.
+# The style of each part of a reply.
 _STYLES: dict[type[Part], str] = {Reasoning: "dim", Content: "", ToolCall: "cyan"}
 
 
 @click.command(short_help="Talk with the model, turn by turn.")
 @source_options
-@click.option("--system", metavar="TEXT", help="A system message before the first turn.")
-@click.option("--load", "file", type=click.Path(path_type=Path), metavar="FILE", help="Go on with a chat that /save wrote.")
-@click.option("--thinking", is_flag=True, help="Have the model think before it answers.")
+@click.option("--system", metavar="TEXT", help="System message to put before the first turn.")
+@click.option("--load", "file", type=click.Path(path_type=Path), metavar="FILE", help="Continue a chat that /save wrote.")
+@click.option("--thinking", is_flag=True, help="Let the model think before it replies.")
 @click.option(
     "--seed",
     type=click.IntRange(0, _SEEDS - 1),
     metavar="N",
-    help="Turn K, counted from 0, takes seed N + K.  [default: a fresh one each turn]",
+    help="Use seed N for the first turn, N + 1 for the second, and so on.  [default: a new seed each turn]",
 )
 @mode_option
 @sampler_options
@@ -66,20 +66,20 @@ def chat(
     no_live: bool,
     **sampler: Any,
 ) -> None:
-    """Talk with MODEL. What was read and written in earlier turns is not computed again.
+    """Talk with MODEL. The KV cache is kept between turns, so each turn computes only what is new.
 
-    On a terminal: Enter sends; Alt-Enter, Ctrl-J or a backslash at the end of a line begins a new line of the message. Up and
-    down recall earlier ones. Ctrl-C stops a reply and keeps what is shown of it; Ctrl-D leaves. /help lists the commands.
+    On a terminal, Enter sends the message. Alt-Enter, Ctrl-J or a backslash at the end of a line starts a new line. Up and down
+    recall earlier messages. Ctrl-C stops a reply and keeps what is shown of it. Ctrl-D leaves. /help lists the commands.
 
-    Elsewhere each line of standard input is a message or a command, and one that ends in a backslash goes on in the next line.
-    The answers go to standard output, the model's thoughts and everything else to standard error.
+    Without a terminal, each line of standard input is a message or a command. A line that ends in a backslash continues on the
+    next line. Replies go to standard output; the model's thoughts and everything else go to standard error.
 
-    With --seed or /seed the whole chat is repeatable: the same messages get the same replies.
+    With --seed or /seed a chat can be repeated: the same messages get the same replies.
     """
     if file is not None and system is not None:
-        raise InputError("--system begins a new chat, and --load goes on with an old one; leave out one of them")
+        raise InputError("--system starts a new chat and --load continues an old one; leave out one of them")
     checkpoint = Checkpoint.open(model, revision)
-    sampling_config(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
+    sampling_config(checkpoint.generation, mode, sampler)  # so that a bad value fails before the weights are read
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
     conversation = Conversation(loaded, system=system) if file is None else Conversation.load(loaded, file)
     conversation.thinking |= thinking
@@ -94,7 +94,7 @@ def chat(
 
 
 def say(text: str) -> None:
-    """Tell a person what is not part of a reply: whole lines on standard error."""
+    """Print a message to the user, as whole lines on standard error."""
     click.echo(printable(text), err=True)
 
 
@@ -103,9 +103,9 @@ class ChatSession:
 
     Args:
         mode, sampler: as in :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`.
-        seed: that of the turn before which there is none; each later turn takes the next. None for a fresh one each.
-        console: where the canvas is drawn; None to print what is finished.
-        watching: a context manager for the time of a reply, which gives a function that says whether to stop it.
+        seed: the first turn's seed; each later turn adds 1. None draws a new seed for each turn.
+        console: where to draw the canvas; None prints only finished text.
+        watching: makes a context manager that is open during a reply. It yields a function that says whether to stop the reply.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class ChatSession:
     ) -> None:
         self.conversation, self.mode, self.seed, self.sampler = conversation, mode, seed, sampler
         self._console, self._watching = console, watching
-        self._decode = conversation.model.tokenizer.decode  # takes a second to load: here, and not in the first turn
-        self._replies: list[Reply] = []  # all that were finished
+        self._decode = conversation.model.tokenizer.decode  # loading takes a second: do it before the first turn
+        self._replies: list[Reply] = []  # the finished ones
         self._over = False
 
     def run(self, typed: Iterable[str]) -> None:
-        """Take all messages and commands, up to the end or /exit."""
+        """Process messages and commands until the input ends or /exit."""
         for text in typed:
             try:
                 self._take(text)
@@ -139,18 +139,18 @@ class ChatSession:
             name, *rest = text.split(maxsplit=1)
             argument = rest[0].rstrip() if rest else ""
             if name not in COMMANDS:
-                raise InputError(f"there is no command {name}; /help lists them, and /{name} sends it as text")
+                raise InputError(f"unknown command {name}; /help lists the commands, and /{name} sends the text {name}")
             command = COMMANDS[name]
             if argument and not command.usage:
-                raise InputError(f"nothing can follow {name}")
+                raise InputError(f"{name} takes no argument; leave it out")
             if command.usage == FILE and not argument:
-                raise InputError(f"{name} needs the name of a file")
+                raise InputError(f"{name} needs a file name")
             command.run(self, argument)
         elif text.strip():
             self._turn(text.removeprefix("/") if text.startswith("//") else text, self._next_seed())
 
     def _turn(self, message: str | Mapping[str, Any], seed: int | None) -> bool:
-        """Have a message answered; False where it was stopped before there was any text, which takes the message back."""
+        """Let the model reply to a message. False if it was stopped before any text; the message is then removed."""
         conversation, reply = self.conversation, None
         before = len(conversation.messages)
         room = sampling_config(conversation.model.checkpoint.generation, self.mode, self.sampler).max_new_tokens
@@ -165,9 +165,9 @@ class ChatSession:
                     break
         grown = len(conversation.messages) > before
         if reply is None:
-            say("stopped; what is shown stays as the reply" if grown else "stopped before there was any text; nothing is kept")
+            say("stopped; the text shown is kept as the reply" if grown else "stopped before any text; the message is not kept")
         elif reply.finish_reason == "length":
-            say(f"the reply is cut at {len(reply.tokens)} tokens; --max-new-tokens allows more")
+            say(f"the reply is cut at {len(reply.tokens)} tokens; allow more with --max-new-tokens")
         return grown
 
     def _view(self, max_new_tokens: int) -> "LiveReply | PlainReply":
@@ -189,7 +189,7 @@ class ChatSession:
         """List the commands."""
         say(table([(f"{name} {command.usage}", command.help) for name, command in COMMANDS.items()], left=2))
         say(
-            "//text sends a text that begins with a slash. Alt-Enter, Ctrl-J or a backslash at a line's end begins a new line.\n"
+            "//text sends a text that starts with a slash. Alt-Enter, Ctrl-J or a backslash at a line's end starts a new line.\n"
             "Ctrl-C stops a reply and keeps what is shown of it. Ctrl-D leaves."
         )
 
@@ -199,16 +199,20 @@ class ChatSession:
             say("no system message" if text is None else f"system message: {text}")
             return
         self._begin(argument)
-        say("a new chat, since the system message is its beginning")
+        say("new chat with this system message")
 
     def set_seed(self, argument: str) -> None:
         if argument == "fresh":
             self.seed = None
         elif argument:
             if not (argument.isascii() and argument.isdigit() and len(argument) <= 20 and int(argument) < _SEEDS):
-                raise InputError("a seed is a whole number from 0 to 2^64 - 1, or fresh")
+                raise InputError("the seed must be a whole number from 0 to 2^64 - 1, or fresh")
             self.seed = int(argument)
-        say("a fresh seed each turn" if self.seed is None else f"turn K takes seed {self.seed} + K; next is {self._next_seed()}")
+        say(
+            "a new seed each turn"
+            if self.seed is None
+            else f"seed {self.seed} in the first turn, 1 more in each later turn; next: {self._next_seed()}"
+        )
 
     def set_mode(self, argument: str) -> None:
         if argument:
@@ -218,7 +222,7 @@ class ChatSession:
 
     def set_thinking(self, argument: str) -> None:
         if argument not in ("", "on", "off"):
-            raise InputError(f"/thinking takes on or off, not {argument!r}")
+            raise InputError(f"/thinking takes on or off, got {argument!r}")
         if argument:
             self.conversation.thinking = argument == "on"
         say(f"thinking: {'on' if self.conversation.thinking else 'off'}")
@@ -232,12 +236,12 @@ class ChatSession:
 
     def clear(self, argument: str) -> None:
         self._begin(self.conversation.system)
-        say("a new chat")
+        say("new chat")
 
     def retry(self, argument: str) -> None:
         messages = self.conversation.messages
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise InputError("there is no reply to write anew")
+            raise InputError("there is no reply to retry")
         earlier, again = messages[:], False
         del messages[-2:]
         try:
@@ -250,13 +254,13 @@ class ChatSession:
         messages = self.conversation.messages
         turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if not turns:
-            raise InputError("there is no turn to take back")
+            raise InputError("there is no turn to undo")
         del messages[turns[-1] :]
-        say(f"the last turn is taken back; {_counted(self._turns())} left")
+        say(f"removed the last turn; {_counted(self._turns())} left")
 
     def save(self, argument: str) -> None:
         if Path(argument).expanduser().exists():
-            raise InputError(f"{argument} is there already; /save! {argument} replaces it")
+            raise InputError(f"{argument} already exists; /save! {argument} replaces it")
         self.save_over(argument)
 
     def save_over(self, argument: str) -> None:
@@ -279,7 +283,7 @@ class ChatSession:
 
 
 class Command(NamedTuple):
-    """What may follow its name, what it does, by which method of ChatSession, and what completion knows."""
+    """A command: its arguments, its help line, the method of ChatSession that runs it, and the arguments to complete."""
 
     usage: str
     help: str
@@ -289,22 +293,24 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "/help": Command("", "List the commands.", ChatSession.help),
-    "/system": Command("[TEXT]", "Show the system message, or set it, which begins a new chat.", ChatSession.system),
+    "/system": Command("[TEXT]", "Show the system message, or set it and start a new chat.", ChatSession.system),
     "/seed": Command(
         "[N|fresh]",
-        "Turn K of the chat, counted from 0, takes seed N + K; or a fresh one each turn.",
+        "Use seed N for the first turn, N + 1 for the second, and so on; fresh: a new seed each turn.",
         ChatSession.set_seed,
         ("fresh",),
     ),
-    "/mode": Command(f"[{'|'.join(MODES)}]", "Write a canvas at a time, or one token at a time.", ChatSession.set_mode, MODES),
-    "/thinking": Command("[on|off]", "Have the model think before it answers.", ChatSession.set_thinking, ("on", "off")),
-    "/stats": Command("", "Tokens, steps and seed of the last reply, and the sums of the session.", ChatSession.stats),
-    "/clear": Command("", "Begin a new chat with the same settings.", ChatSession.clear),
-    "/retry": Command("", "Write the last reply anew, with a fresh seed.", ChatSession.retry),
-    "/undo": Command("", "Take back the last message and its reply.", ChatSession.undo),
+    "/mode": Command(
+        f"[{'|'.join(MODES)}]", "Write a canvas at a time (diffusion) or a token at a time (causal).", ChatSession.set_mode, MODES
+    ),
+    "/thinking": Command("[on|off]", "Let the model think before it replies.", ChatSession.set_thinking, ("on", "off")),
+    "/stats": Command("", "Show tokens, steps, time and seed of the last reply, and the session's totals.", ChatSession.stats),
+    "/clear": Command("", "Start a new chat with the same settings.", ChatSession.clear),
+    "/retry": Command("", "Write the last reply again with a new seed.", ChatSession.retry),
+    "/undo": Command("", "Remove the last message and its reply.", ChatSession.undo),
     "/save": Command(FILE, "Save the chat to a new file.", ChatSession.save, (FILE,)),
-    "/save!": Command(FILE, "Save the chat, in place of what the file was.", ChatSession.save_over, (FILE,)),
-    "/load": Command(FILE, "Go on with a saved chat instead of this one.", ChatSession.load, (FILE,)),
+    "/save!": Command(FILE, "Save the chat and replace the file.", ChatSession.save_over, (FILE,)),
+    "/load": Command(FILE, "Continue a saved chat instead of this one.", ChatSession.load, (FILE,)),
     "/exit": Command("", "Leave.", ChatSession.exit),
 }
 
@@ -313,8 +319,8 @@ _FIGURES = ("", "prompt tokens", "cached", "new tokens", "steps", "per forward",
 
 
 def figures(replies: Sequence[Reply]) -> tuple[str, ...]:
-    """What replies took, summed up: prompt tokens, and how many of them were cached; new tokens, the denoising steps that they
-    took, and how many of them each forward pass wrote; seconds."""
+    """Totals of the replies in the order of ``_FIGURES``: prompt tokens and how many of them were cached, new tokens, denoising
+    steps, new tokens per forward pass, seconds."""
     statistics = [reply.statistics for reply in replies]
     prompt, cached = sum(each.prompt_tokens for each in statistics), sum(reply.cached_tokens for reply in replies)
     new, steps = sum(each.new_tokens for each in statistics), sum(sum(each.denoising_steps) for each in statistics)
@@ -328,10 +334,10 @@ def _counted(turns: int) -> str:
 
 
 class _Stretches:
-    """The parts of a reply as text, in which thoughts, answers and tool calls stand on lines of their own.
+    """Turns the parts of a reply into text that puts thoughts, answers and tool calls on lines of their own.
 
     Attributes:
-        kind: the last part's; None before the first.
+        kind: type of the last part; None before the first.
     """
 
     def __init__(self) -> None:
@@ -339,7 +345,7 @@ class _Stretches:
         self._line_is_open = False
 
     def add(self, part: Part) -> Iterator[tuple[type[Part], str]]:
-        """Stretches of text, and of which kind of part each is."""
+        """Pieces of text, each with the type of part that it belongs to."""
         kind = type(part)
         if self.kind and self._line_is_open and (kind is not self.kind or kind is ToolCall):
             yield self.kind, "\n"
@@ -349,7 +355,7 @@ class _Stretches:
 
 
 class LiveReply(LivePage):
-    """Shows the events of a reply, and its canvas while that is denoised."""
+    """Shows the events of a reply, and its canvas during denoising."""
 
     def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
         super().__init__(console, decode, max_new_tokens)
@@ -368,9 +374,10 @@ class LiveReply(LivePage):
 
 
 class PlainReply:
-    """Prints the parts of a reply as they are finished; a context manager, which ends the line of one that is broken off.
+    """Prints the parts of a reply as they are finished. A context manager: on exit it ends the line of an interrupted reply.
 
-    On a terminal nothing of it is obeyed, and thoughts are dim. Elsewhere it goes out as it is, the thoughts to standard error.
+    On a terminal, control characters are made visible and thoughts are dim. Elsewhere the text is printed unchanged, and
+    thoughts go to standard error.
     """
 
     def __init__(self) -> None:

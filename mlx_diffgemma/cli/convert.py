@@ -1,4 +1,4 @@
-"""``mlx-diffgemma convert``: a BF16 checkpoint in, a quantized one out."""
+"""``mlx-diffgemma convert``: quantizes a BF16 checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,29 +24,38 @@ if TYPE_CHECKING:
 @click.command(short_help="Quantize a BF16 checkpoint.")
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--revision", help="Branch, tag or commit of SOURCE on the hub.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of SOURCE on the hub.  [default: main]")
 @click.option(
-    "--recipe", default="4bit", show_default=True, metavar="NAME", help="4bit, 6bit, 8bit, mxfp4, nvfp4 or bf16; see above."
+    "--recipe",
+    default="4bit",
+    show_default=True,
+    metavar="NAME",
+    help="Recipe to use: 4bit, 6bit, 8bit, mxfp4, nvfp4 or bf16; see above.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="PART=FORMAT",
-    help="Set one part by hand, such as experts=4:32 or embedding=bf16. May be repeated.",
+    help="Set the format of one part, such as experts=4:32 or embedding=bf16. May be repeated.",
 )
 @click.option(
-    "--shard-size", type=Size(least=1), default="5GB", show_default=True, metavar="SIZE", help="Bytes per file at most."
+    "--shard-size",
+    type=Size(least=1),
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Maximum size of a weight file, such as 500MB or 2GiB; a larger tensor gets its own file.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
-@click.option("--restart", is_flag=True, help="Throw away what an interrupted run left, instead of going on from it.")
-@click.option("--upload-repo", metavar="OWNER/NAME", help="Send the finished folder to this repository on the hub.")
-@click.option("--measure", is_flag=True, help="Run SOURCE and TARGET, and print how far TARGET's answers are from SOURCE's.")
+@click.option("--dry-run", is_flag=True, help="Print the sizes of all parts and write nothing.")
+@click.option("--restart", is_flag=True, help="Discard the work of an interrupted run instead of continuing it.")
+@click.option("--upload-repo", metavar="OWNER/NAME", help="Upload the finished folder to this repository on the hub.")
+@click.option("--measure", is_flag=True, help="Run SOURCE and TARGET, and print how much their outputs differ; see above.")
 @click.option(
     "--measure-text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="UTF-8 text to measure on. Where it is short, or not given, SOURCE writes on.",
+    help="UTF-8 text to measure on. SOURCE continues a text that is too short.  [default: SOURCE writes it all]",
 )
 @backend_options
 def convert(
@@ -67,25 +76,26 @@ def convert(
 ) -> None:
     """Quantize the BF16 checkpoint SOURCE, a folder or a hub id, into the new folder TARGET.
 
-    A recipe gives each part of the model a format. 4bit, 6bit, 8bit, mxfp4 and nvfp4 are the formats of the experts, nine tenths
+    A recipe gives each part of the model a format. 4bit, 6bit, 8bit, mxfp4 and nvfp4 name the format of the experts, nine tenths
     of the weights; embedding, attention, mlp, router and self_conditioning then have 8 bits. bf16 packs nothing. Norms and the
     vision tower are always BF16.
 
-    A FORMAT is BITS[:GROUP] (2, 3, 4, 5, 6 or 8 bits with a scale and a bias for every 32, 64 or 128 weights, 64 if not said),
-    mxfp4, mxfp8, nvfp4, or bf16.
+    A FORMAT is BITS[:GROUP], mxfp4, mxfp8, nvfp4 or bf16. BITS is 2, 3, 4, 5, 6 or 8. GROUP is the number of weights that share
+    a scale and a bias: 32, 64 (the default) or 128.
 
-    TARGET appears when it is complete. Until then the work lies in TARGET.partial, and an interrupted run, started again, goes on
-    from there.
+    TARGET appears only when it is complete. Until then the work is in TARGET.partial. After an interruption, the same command
+    continues from there.
 
-    --measure runs both models, one after the other, with --backend, --device and --dtype: Kullback-Leibler divergence and equal
-    argmax in a causal pass and on canvases with five shares of noise, and denoising steps per block. The table goes to stdout and
-    into TARGET's README.md. A TARGET that exists already is measured and left as it is.
+    --measure loads SOURCE and then TARGET, with --backend, --device and --dtype. It compares them in a causal pass and on
+    canvases with five levels of noise (Kullback-Leibler divergence, share of equal argmax), and counts denoising steps per
+    block. The table goes to standard output and into TARGET's README.md. A TARGET that already exists is measured and not
+    changed.
     """
     from mlx_diffgemma.checkpoint import Checkpoint
     from mlx_diffgemma.convert import Plan, check_repository, make_recipe, side_files, upload, write
 
     if not measure and (measure_text or backend or device or dtype):
-        raise InputError("--measure-text, --backend, --device and --dtype say how to measure; add --measure")
+        raise InputError("--measure-text, --backend, --device and --dtype are for measuring; add --measure")
     formats = make_recipe(recipe, settings)
     if upload_repo:
         check_repository(upload_repo)
@@ -93,7 +103,7 @@ def convert(
     if dry_run:
         click.echo(_table(Plan.make(checkpoint, formats, shard_size)))
         return
-    text = _text(checkpoint, measure_text) if measure else None  # what is wrong with it shows before the long work
+    text = _text(checkpoint, measure_text) if measure else None  # so that a bad text fails before the long work
     exists = (target / "config.json").exists()
     if text is None or not exists:
         plan = Plan.make(checkpoint, formats, shard_size)
@@ -110,11 +120,11 @@ def convert(
                 card.write(_card_section(found))
     if upload_repo:
         upload(target, upload_repo)
-        click.echo(f"sent to https://huggingface.co/{upload_repo}", err=True)
+        click.echo(f"uploaded to https://huggingface.co/{upload_repo}", err=True)
 
 
 def _text(checkpoint: "Checkpoint", file: Path | None) -> "NDArray[np.int32]":
-    """Tokens of the text to measure on: the beginning-of-text token, and what the file holds."""
+    """Tokens of the text to measure on: the beginning-of-text token and the content of the file."""
     import numpy as np
 
     from mlx_diffgemma.tokenizer import Tokenizer
@@ -123,7 +133,7 @@ def _text(checkpoint: "Checkpoint", file: Path | None) -> "NDArray[np.int32]":
     try:
         content = file.read_text(encoding="utf-8") if file else ""
     except UnicodeDecodeError as wrong:
-        raise InputError(f"{file}: not UTF-8 at byte {wrong.start}; --measure-text takes plain text") from None
+        raise InputError(f"{file}: not UTF-8 at byte {wrong.start}; --measure-text needs plain text") from None
     return np.array([tokenizer.bos_token_id, *tokenizer.encode(content)], np.int32)
 
 
@@ -141,7 +151,7 @@ def _table(plan: "Plan") -> str:
 
 @contextmanager
 def _progress() -> Iterator["Report"]:
-    """What to report to: a bar that vanishes if stderr is a terminal, else a line per shard."""
+    """A function that shows progress on standard error: a bar, removed at the end, on a terminal, else a line per shard."""
     import rich.progress as bars
     from rich.console import Console
 
@@ -165,7 +175,7 @@ def _progress() -> Iterator["Report"]:
         def update(progress: Progress) -> None:
             if bar.tasks:
                 bar.update(bar.task_ids[0], completed=progress.bytes_done)
-            else:  # what an earlier run wrote does not count as speed
+            else:  # created here so that bytes of an earlier run do not count as speed
                 bar.add_task("", completed=progress.bytes_done, total=progress.nbytes)
 
         yield update

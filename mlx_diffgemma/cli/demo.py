@@ -1,4 +1,4 @@
-"""``mlx-diffgemma demo``: the boxed Sudoku model solves a fresh puzzle, and one can watch."""
+"""``mlx-diffgemma demo``: shows the Sudoku model of this package solving a new puzzle."""
 
 import secrets
 import time
@@ -23,36 +23,48 @@ from mlx_diffgemma.sampler import Text as SampledText
 
 MODEL = "sudoku"
 
-#: Clues of a puzzle, by the size of the grid, unless another number is asked for.
+#: Default number of clues, by the size of the grid.
 CLUES = {4: 6, 6: 12, 9: 30}
 
-#: Seconds that each step stays on the screen.
+#: Seconds that each step is shown.
 PAUSE = 0.15
 
-#: A cell is shown as a dot while its entropy is above this part of the most that it can be, and as likely below the second.
+#: Shares of the maximum entropy. A cell above DOT is shown as a dot, and a cell up to LIKELY as likely.
 DOT, LIKELY = 0.5, 0.1
 
-# None of these is told by its colour alone.
+# Must be readable without colour, too.
 _STYLES = {"given": "bold", "settled": "green", "likely": "", "in doubt": "dim", "taken back": "yellow underline"}
 
-# What the boxed model's chat template puts around the cells: <bos><|turn> and <turn|><|turn>.
+# Tokens that the model's chat template puts around the cells: <bos><|turn> and <turn|><|turn>.
 _BEFORE, _AFTER = (2, 4), (5, 4)
 
 #: A character, and its style.
 Cell = tuple[str, str]
 
 
-@click.command(short_help="Watch the tiny model in the box solve a Sudoku.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Same seed, same puzzle.  [default: a fresh one]")
-@click.option("--clues", type=int, metavar="N", help="Cells that are given; the fewer, the harder.")
-@click.option("--backend", type=click.Choice(NAMES), help="Framework.  [default: as for generate]")
-@click.option("--no-live", is_flag=True, help="Print lines instead of redrawing the grid.")
+@click.command(short_help="Watch the tiny model of this package solve a Sudoku.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    metavar="N",
+    help="Seed of the puzzle and the sampler; the same seed gives the same run.  [default: a new one each time]",
+)
+@click.option(
+    "--clues", type=int, metavar="N", help=f"Number of given cells; fewer make a harder puzzle.  [default: {CLUES[6]} of 36]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(NAMES),
+    help="Framework that runs the model.  [default: mlx on Apple silicon; elsewhere torch if installed, else mlx]",
+)
+@click.option("--no-live", is_flag=True, help="Print a line per step instead of redrawing the grid.")
 @click.pass_context
 def demo(context: click.Context, seed: int | None, clues: int | None, backend: str | None, no_live: bool) -> None:
-    """Make a Sudoku that the model has not seen in any symmetric form, and let the model that comes with this package solve it.
+    """Make a new Sudoku and let the tiny model that comes with this package solve it.
 
-    All cells are written at once and denoised step by step; what was accepted may be taken back. Whether the answer is right is
-    checked by the rules. The exit status is 0 if it is, and 1 if it is not.
+    In training, the model saw no symmetric form of the puzzle. It writes all cells at once and denoises them step by step; cells
+    that it accepted may be taken back. The answer is checked against the rules of Sudoku. The exit status is 0 if it is right,
+    and 1 if it is wrong.
     """
     checkpoint = Checkpoint.open(MODEL)
     size = board_size(checkpoint.config.canvas_length)
@@ -71,17 +83,17 @@ def demo(context: click.Context, seed: int | None, clues: int | None, backend: s
 
 
 def board_size(canvas_length: int) -> int:
-    """Size of the largest grid that fits into a canvas."""
+    """Size of the largest grid whose cells fit into a canvas of this length."""
     return max(size for size in sudoku.BOXES if size * size <= canvas_length)
 
 
 def prompt_tokens(clues: Grid) -> NDArray[np.int32]:
-    """Token ids [cells + 4] of a chat of one turn, the puzzle; without the tokenizer, which takes a second to import."""
+    """Token ids [cells + 4] of a chat whose only turn is the puzzle. The tokenizer is not used: importing it takes a second."""
     return np.array([*_BEFORE, *sudoku.to_tokens(np.array(clues.cells, np.int8)), *_AFTER], np.int32)
 
 
 def solve(backend: Backend, generation: GenerationConfig, puzzle: Puzzle, seed: int, console: Console | None) -> bool:
-    """Let the model solve a puzzle, in one canvas, and show how: drawn on ``console``, or else in lines. True if it is solved."""
+    """Let the model solve a puzzle in one canvas. Show the steps on ``console``, or as lines if None. True if it is solved."""
     clues, settling, steps = puzzle.clues, Settling(), 0
     config = generation.replace(max_new_tokens=backend.config.canvas_length)
     if not console:
@@ -123,19 +135,20 @@ def _status(draft: Draft, states: NDArray[np.int64]) -> str:
 
 
 def _cells(clues: Grid, draft: Draft, states: NDArray[np.int64]) -> list[Cell]:
-    """The most likely digits, and how sure the model is of them."""
+    """The most likely digits, styled by how sure the model is."""
     digits = _read(draft.argmax, clues.size).cells
     doubt = draft.entropy / log(clues.size)
     return [show_cell(*each) for each in zip(clues.cells, digits, states.tolist(), doubt.tolist(), strict=False)]
 
 
 def show_cell(clue: int, digit: int, state: int, doubt: float) -> Cell:
-    """How a cell is shown.
+    """The character and style of a cell.
 
     Args:
-        clue, digit: what is given (0 where nothing is), and what the model writes (0 where that is no digit).
-        state: of the canvas position, see :class:`~mlx_diffgemma.cli.live.Settling`.
-        doubt: entropy, as a part of the most that it can be.
+        clue: the given digit, 0 in an empty cell.
+        digit: the digit that the model writes, 0 if its token is not a digit.
+        state: state of the canvas position, see :class:`~mlx_diffgemma.cli.live.Settling`.
+        doubt: entropy as a share of its maximum, 0 to 1.
     """
     character = str(digit or "?")
     if state == TAKEN_BACK:
@@ -155,7 +168,7 @@ def _finished(clues: Grid, answer: Grid, taken_back: NDArray[np.bool_]) -> list[
 
 
 def _ruled(cells: Iterable[Cell], size: int) -> Text:
-    """The grid with its boxes ruled, in colours."""
+    """The grid in colour, with lines around its boxes."""
     text, each = Text(), iter(cells)
     for character in Grid((0,) * size * size).render():
         text.append(*(next(each) if character == "." else (character, "dim")))
@@ -163,7 +176,7 @@ def _ruled(cells: Iterable[Cell], size: int) -> Text:
 
 
 def _picture(cells: Sequence[Cell], size: int, status: str, screen: tuple[int, int]) -> list[Text]:
-    """The grid, what its styles mean, and the status; on a low screen without the horizontal rules, and then without the rest."""
+    """The grid, a legend of its styles, and the status. A low screen gets no legend and no horizontal rules, then fewer rows."""
     width, height = screen
     rows = list(_ruled(cells, size).split("\n"))
     legend = [Text("  ").join(Text(name, style) for name, style in _STYLES.items())]

@@ -1,4 +1,4 @@
-"""``mlx-diffgemma generate``: a prompt in, a text out, a block at a time."""
+"""``mlx-diffgemma generate``: writes a text after a prompt, and prints it block by block."""
 
 import dataclasses
 import json
@@ -18,29 +18,29 @@ from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.writing import MODES, Content, Event, Generation, sampling_config
 
-#: Is shown every event of a generation, as it happens.
+#: Receives every event of a generation as it happens.
 View = Callable[[Event], None]
 
-# What only callers of the library can make use of.
+# Fields that are useful only in the library.
 _NOT_IN_JSON = ("parts", "cached_tokens", "unsettled")
 
-#: Options of whatever shows a text being written.
+#: Options of the commands that show a text while it is written.
 mode_option = click.option(
     "--mode",
     type=click.Choice(MODES),
     default=MODES[0],
     show_default=True,
-    help="Write a canvas at a time, or one token at a time.",
+    help="Write a canvas at a time (diffusion) or a token at a time (causal).",
 )
 no_live_option = click.option(
-    "--no-live", is_flag=True, help="On a terminal, show finished blocks only, not the canvas being denoised."
+    "--no-live", is_flag=True, help="On a terminal, show only finished text, not the canvas during denoising."
 )
 
 
 @click.command(short_help="Write a text after a prompt.")
 @source_options
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
+@click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file instead of the argument.")
 @prompt_options
 @mode_option
 @sampler_options
@@ -48,7 +48,7 @@ no_live_option = click.option(
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @no_live_option
-@click.option("-q", "--quiet", is_flag=True, help="Leave out the summary on standard error.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not print the summary on standard error.")
 def generate(
     model: str,
     revision: str | None,
@@ -67,17 +67,17 @@ def generate(
     quiet: bool,
     **sampler: Any,
 ) -> None:
-    """Write a text after PROMPT, which is read from standard input if it is - or left out.
+    """Write a text after PROMPT. If PROMPT is - or left out, it is read from standard input.
 
-    The text goes to standard output, a block or a token as soon as it is finished. The options of the sampler (--max-new-tokens
-    to --greedy) default to what MODEL's generation_config.json says; `mlx-diffgemma info MODEL` shows it. In the causal mode only
-    --max-new-tokens, --greedy, --temperature, --top-k and --top-p have a meaning, and others are refused.
+    Each block or token is printed on standard output as soon as it is finished. The sampler's defaults are in MODEL's
+    generation_config.json; `mlx-diffgemma info MODEL` shows them. In causal mode, of the sampler's options only --max-new-tokens,
+    --greedy, --temperature, --top-k and --top-p are allowed.
 
-    A file's or standard input's last line break is not part of the prompt.
+    The last line break of a file or of standard input is not part of the prompt.
     """
     text = read_prompt(prompt, file)
     checkpoint = Checkpoint.open(model, revision)
-    config = sampling_config(checkpoint.generation, mode, sampler)  # a bad value is told before the weights are read
+    config = sampling_config(checkpoint.generation, mode, sampler)  # so that a bad value fails before the weights are read
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
     events = loaded.stream(text, mode=mode, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     view: View = print_json if as_json else TextView(summary=not quiet)
@@ -90,15 +90,21 @@ def generate(
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt from the one place it was given in; raises InputError where it is in none or two, or no text."""
+    """The prompt, as :func:`read_text` reads it."""
     return read_text(argument, file, "prompt")[0]
 
 
 def read_text(argument: str | None, file: Path | None, what: str) -> tuple[str, str]:
-    """The text from the one place it was given in, without the last line break of a file or of standard input, and what to print
-    behind it: that line break if there was one; raises InputError where it is in none or two, or no text."""
+    """The text from the argument, the file or standard input, and the line ending to print after it.
+
+    A last line break of a file or of standard input belongs to the ending, not to the text. The ending of an argument is a line
+    break.
+
+    Raises:
+        InputError: the text is missing, given twice, empty, unreadable or not UTF-8.
+    """
     if argument is not None and file is not None:
-        raise InputError(f"a {what} was given both as an argument and as --file; leave out one")
+        raise InputError(f"a {what} was given both as an argument and with --file; leave out one")
     from_argument = argument is not None and argument != "-"
     if file is not None:
         try:
@@ -109,7 +115,7 @@ def read_text(argument: str | None, file: Path | None, what: str) -> tuple[str, 
         text = _decode(argument.encode(errors="surrogateescape"), f"the {what}")
     else:
         if sys.stdin is None or (argument is None and sys.stdin.isatty()):
-            raise InputError(f"there is no {what}; give it as an argument, with --file, or on standard input")
+            raise InputError(f"no {what} was given; pass it as an argument, with --file, or on standard input")
         text = _decode(sys.stdin.buffer.read(), "standard input")
     ending = "\n" if from_argument or text.endswith("\n") else ""
     text = text if from_argument else text.removesuffix("\n")
@@ -119,7 +125,7 @@ def read_text(argument: str | None, file: Path | None, what: str) -> tuple[str, 
 
 
 def print_text(text: str, ending: str) -> None:
-    """Print a text and what ends it; on a terminal, as lines of which none is obeyed."""
+    """Print a text and its ending. On a terminal, make control characters visible and end the line."""
     if sys.stdout.isatty():
         click.echo(printable(text))
     else:
@@ -134,14 +140,14 @@ def _decode(content: bytes, place: str) -> str:
 
 
 class TextView:
-    """Prints the text as it becomes certain, and at the end a line of statistics on standard error."""
+    """Prints the text as it becomes certain, and at the end a summary line on standard error."""
 
     def __init__(self, *, summary: bool) -> None:
         self.summary = summary
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Content):
-            # A terminal would obey what a model writes; to a file it goes as it is, where click would strip escape sequences.
+            # A terminal would obey escape sequences. A file gets the text unchanged: color=True stops click from stripping them.
             click.echo(printable(event.text) if sys.stdout.isatty() else event.text, nl=False, color=True)
         elif isinstance(event, Generation):
             click.echo()
@@ -150,7 +156,7 @@ class TextView:
 
 
 def summary_line(generation: Generation) -> str:
-    """What a generation took, and its seed."""
+    """The tokens, time, steps, finish reason and seed of a generation."""
     statistics = generation.statistics
     seconds = statistics.encode_seconds + statistics.denoise_seconds
     steps = statistics.denoising_steps
@@ -167,7 +173,7 @@ def summary_line(generation: Generation) -> str:
 
 
 def print_json(event: Event) -> None:
-    """Prints the finished generation as one JSON object."""
+    """Print the finished generation as one JSON object."""
     if isinstance(event, Generation):
         content = {name: value for name, value in dataclasses.asdict(event).items() if name not in _NOT_IN_JSON}
         for name in ("tokens_per_forward", "tokens_per_second"):

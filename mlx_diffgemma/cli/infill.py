@@ -1,4 +1,4 @@
-"""``mlx-diffgemma infill``: a text with holes in, the same text without them out."""
+"""``mlx-diffgemma infill``: fills the holes of a text."""
 
 import dataclasses
 import json
@@ -16,17 +16,21 @@ from mlx_diffgemma.editing.infilling import MARKER, Infill, parse_template
 from mlx_diffgemma.pipeline import DiffusionGemma
 
 
-@click.command(short_help="Fill in the holes of a text.")
+@click.command(short_help="Fill the holes of a text.")
 @source_options
 @click.argument("template", required=False)
-@click.option("--file", type=click.Path(path_type=Path), help="Read the template from this file.")
-@click.option("--marker", default=MARKER, show_default=True, metavar="TEXT", help="What stands for a hole in the template.")
-@click.option("--prompt", metavar="TEXT", help="What the text answers, instead of an instruction to fill it in.")
+@click.option("--file", type=click.Path(path_type=Path), help="Read the template from this file instead of the argument.")
+@click.option("--marker", default=MARKER, show_default=True, metavar="TEXT", help="Text that marks a hole in the template.")
+@click.option(
+    "--prompt", metavar="TEXT", help="Prompt that the text answers, instead of the built-in instruction to fill the holes."
+)
 @prompt_options
 @denoising_options
 @backend_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, holes, and all candidates with their scores.")
-@click.option("-q", "--quiet", is_flag=True, help="Leave out the summary on standard error.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object with the text, the holes and all candidates with their scores."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Do not print the summary on standard error.")
 def infill(
     model: str,
     revision: str | None,
@@ -45,16 +49,16 @@ def infill(
     quiet: bool,
     **sampler: Any,
 ) -> None:
-    """Fill in the holes of TEMPLATE, which is read from standard input if it is - or left out.
+    """Fill the holes of TEMPLATE. If TEMPLATE is - or left out, it is read from standard input.
 
-    <hole:5> is a hole of 5 tokens, <hole:2-8> one of 2 to 8, and <hole> one of 1 to 8. Lengths that are not known are tried, and
-    the likeliest text is printed. Everything outside the holes comes out as it went in.
+    <hole:5> is a hole of 5 tokens, <hole:2-8> a hole of 2 to 8 tokens, and <hole> a hole of 1 to 8 tokens. If a hole has a range
+    of lengths, every length is tried and the text with the best score is printed. The text outside the holes is not changed.
 
-    Without --raw and --prompt, MODEL is asked in a chat to write the text with its gaps filled in. With either, what is behind
-    the last hole must fit into its canvas.
+    By default, a chat message asks MODEL to write the text with its gaps filled in; --prompt replaces this message and --raw
+    leaves it out. With either option, the text after the last hole must fit into the canvas of that hole.
     """
     text, ending = read_text(template, file, "template")
-    parts = parse_template(text, marker)  # a mistake is told before the weights are read
+    parts = parse_template(text, marker)  # so that a mistake fails before the weights are read
     checkpoint = Checkpoint.open(model, revision)
     checkpoint.generation.replace(**sampler)
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))

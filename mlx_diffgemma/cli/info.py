@@ -1,4 +1,4 @@
-"""``mlx-diffgemma info``: what a checkpoint is, without reading its weights."""
+"""``mlx-diffgemma info``: shows a checkpoint's parts, shape, memory and sampling defaults without reading its weights."""
 
 import dataclasses
 import json
@@ -12,16 +12,20 @@ from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.reports.summary import Summary, summarize
 
 
-@click.command(short_help="Show what a checkpoint is, and the memory it needs.")
+@click.command(short_help="Show a checkpoint's shape, formats and memory.")
 @source_options
 @click.option(
-    "--context", type=int, metavar="N", help="Tokens to reckon the cache for.  [default: 8192, or the model's context if less]"
+    "--context",
+    type=int,
+    metavar="N",
+    help="Length of the text, in tokens, for which to compute memory.  [default: 8192, or the model's context if shorter]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def info(model: str, revision: str | None, context: int | None, as_json: bool) -> None:
-    """Show what MODEL is: its parts and their formats, its shape, the memory it needs, and how it likes to be sampled.
+    """Show the shape of MODEL, its parts and their formats, the memory it needs, and its sampling defaults.
 
-    Reads the headers of the weights only. If MODEL is a hub id that is not in the local cache, it is downloaded whole.
+    Only the headers of the weight files are read. If MODEL is a hub id that is not in the local cache, the whole checkpoint is
+    downloaded first.
     """
     summary = summarize(Checkpoint.open(model, revision), context)
     click.echo(json.dumps(_as_json(summary)) if as_json else _as_text(model, summary))
@@ -80,7 +84,7 @@ def _part_row(name: str, form: str, numbers: Any) -> tuple[str, ...]:
 
 
 def _value(value: Any) -> str:
-    """A default as the option takes it."""
+    """A default in the form that the option takes."""
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return "the model's own" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

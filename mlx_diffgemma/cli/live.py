@@ -1,9 +1,9 @@
 """The live view: finished text above, and below it the canvas, redrawn in place after every denoising step.
 
-Only whole lines of finished text are printed for good. The line that is still being written belongs to the redrawn part, which
-therefore always begins at a line's start: it can be erased exactly, whatever the text is and however the window is resized.
+Only whole lines of finished text leave the redrawn region. The unfinished line is part of it, so the region always begins at the
+start of a line. It can therefore be erased exactly, whatever the text is and however the window is resized.
 
-Everything that a model wrote goes through :func:`printable` on its way to a terminal.
+All text of a model goes through :func:`printable` before a terminal shows it.
 """
 
 import sys
@@ -21,19 +21,19 @@ from mlx_diffgemma.causal import Token
 from mlx_diffgemma.sampler import Block, Draft
 from mlx_diffgemma.writing import Content, Event, Generation
 
-#: State of a canvas position, and the style it is shown in. "Taken back" also differs where there is no colour.
+#: States of a canvas position, and the style of each. The underline shows "taken back" without colour, too.
 UNSETTLED, SETTLED, TAKEN_BACK = range(3)
 STYLES = ("dim", "", "yellow underline")
 STATUS_STYLE = "cyan"
 
 _TAB = 8
 
-# Characters that a terminal obeys instead of showing: C0 but for newline and tab, DEL, C1, and what reorders a line.
+# Characters that control a terminal: C0 except newline and tab, DEL, C1, and those that change the direction of text.
 _OBEYED = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _PICTURES = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421}
 _SHOWN = {code: _PICTURES.get(code, 0xFFFD) for code in _OBEYED if chr(code) not in "\n\t"}
 
-# Control sequences (ECMA-48 and DEC private modes). Between the first two a terminal that knows them shows nothing half done.
+# Control sequences (ECMA-48 and DEC private modes). A terminal that knows the first two shows no half-drawn picture.
 _BEGIN_UPDATE, _END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 _WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
@@ -41,21 +41,21 @@ _ERASE_BELOW = "\x1b[J"
 
 
 class Decode(Protocol):
-    """Token ids to text; with ``final`` false an incomplete character at the end is held back, as Tokenizer.decode does."""
+    """Token ids to text, as Tokenizer.decode does it. With ``final`` false, an incomplete character at the end is held back."""
 
     def __call__(self, ids: Sequence[int], *, final: bool = True) -> str: ...
 
 
 def printable(text: str) -> str:
-    """``text`` without anything that a terminal would obey: control characters become their pictures, or U+FFFD.
+    """``text`` without characters that control a terminal: they become their pictures (U+2400 on), or U+FFFD.
 
-    Newlines and tabs stay; no escape sequence can be left, and no character changes its place in the string.
+    Newlines and tabs stay. No escape sequence remains, and every character keeps its place in the string.
     """
     return text.translate(_SHOWN)
 
 
 def live_console() -> Console | None:
-    """Standard output as something to draw on; None where it is piped, dumb, or cannot show Unicode."""
+    """A console on standard output; None if that is no terminal, is a dumb one, or cannot show Unicode."""
     if sys.stdout is None or not sys.stdout.isatty():
         return None
     console = Console(force_terminal=True, highlight=False)
@@ -64,15 +64,15 @@ def live_console() -> Console | None:
 
 
 class Region:
-    """The last lines on a terminal, drawn again and again. A context manager, which gives the cursor back at its end.
+    """The last lines on a terminal, which can be redrawn. A context manager that shows the cursor again on exit.
 
-    The cursor rests at the start of the region's last row. A line of a resized window may have become several rows; where
-    the region begins is computed from the width at the time of erasing.
+    The cursor stays at the start of the region's last row. After a resize, a line may take several rows. The start of the region
+    is therefore computed from the width at the time of erasing.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._widths: list[int] = []  # cells of the lines that are drawn
+        self._widths: list[int] = []  # width in cells of each drawn line
 
     def __enter__(self) -> Self:
         return self
@@ -81,13 +81,13 @@ class Region:
         self.print(Text())
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """Replace the region. ``lines`` must fit: at most the console's height of them, none wider than it."""
-        # Without wrapping a character that is wider than we think costs its line's end, and not the layout.
+        """Replace the region. ``lines`` must fit into the console's height and width."""
+        # Wrapping is off: if a character is wider than computed, its line loses its end, but the layout holds.
         self._write(_HIDE_CURSOR, self._erase(), _WRAP_OFF, self._rendered(Text("\n").join(lines)), _WRAP_ON, "\r")
         self._widths = [line.cell_len for line in lines]
 
     def print(self, text: Text) -> None:
-        """Erase the region and print ``text``, empty or whole lines, for good in its place."""
+        """Erase the region and print ``text``, which is empty or whole lines. It will not be redrawn."""
         self._write(self._erase(), self._rendered(text), _SHOW_CURSOR)
         self._widths = []
 
@@ -110,7 +110,7 @@ class Settling:
     """Follows a canvas through the denoising steps of a block.
 
     Attributes:
-        taken_back: bool [L], positions whose accepted token was taken back in any step so far.
+        taken_back: bool [L], positions where an accepted token was taken back in any step so far.
     """
 
     def __init__(self) -> None:
@@ -120,8 +120,8 @@ class Settling:
     def update(self, draft: Draft) -> NDArray[np.int64]:
         """States [L] after a step.
 
-        SETTLED: accepted now, and the most likely token is that of the step before. TAKEN_BACK: another token than this was
-        accepted here last. Everything else is UNSETTLED.
+        SETTLED: accepted in this step, with the same most likely token as in the step before. TAKEN_BACK: the last token accepted
+        here is no longer the most likely one. UNSETTLED: everything else.
         """
         argmax, accepted = draft.argmax, draft.accepted
         if draft.step == 1:
@@ -135,7 +135,7 @@ class Settling:
 
 
 def pieces(tokens: Sequence[int], decode: Decode) -> Iterator[tuple[slice, str]]:
-    """Split tokens into the shortest runs that decode by themselves: the run, and its text, which may be empty.
+    """Split tokens into the shortest runs that decode alone. Yields each run and its text, which may be empty.
 
     A character whose bytes are several tokens is one run.
     """
@@ -149,23 +149,23 @@ def pieces(tokens: Sequence[int], decode: Decode) -> Iterator[tuple[slice, str]]
 
 
 class LivePage:
-    """Text that grows, and below it the canvas that is being denoised; a context manager around one reply of a model.
+    """Shows one text of a model: the finished part, and below it the canvas during denoising. A context manager.
 
-    Left by an exception, it erases the canvas and leaves the finished text.
+    On exit, also after an exception, it erases the canvas and leaves the finished text.
 
     Args:
         console: see :func:`live_console`.
         decode: token ids to text.
-        max_new_tokens: where the reply is cut.
+        max_new_tokens: maximum length of the text; tokens after it are not counted.
     """
 
     def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
         self.console, self.decode, self.max_new_tokens = console, decode, max_new_tokens
         self._region, self._settling = Region(console), Settling()
         self._tokens: list[int] = []
-        self._unfinished = Text()  # the line of finished text that has no end yet
+        self._unfinished = Text()  # finished text after the last line break
         self._steps = 0
-        self._seconds = 0.0  # of all tokens but the first, whose pass is the prompt's
+        self._seconds = 0.0  # without the first token, whose time includes the prompt's pass
         self._status = Text()
 
     def __enter__(self) -> Self:
@@ -180,22 +180,22 @@ class LivePage:
         self._draw(self._canvas(draft))
 
     def committed(self, part: Block | Token) -> None:
-        """Take in finished tokens, for the status line; none behind ``max_new_tokens`` counts."""
+        """Count finished tokens for the status line, up to ``max_new_tokens``."""
         new = [part.token] if isinstance(part, Token) else part.tokens.tolist()
         self._tokens += new[: self.max_new_tokens - len(self._tokens)]
         if isinstance(part, Token):
             self._seconds += part.seconds if part.index else 0.0
             rate = f"  {part.index / self._seconds:.1f} per second" if self._seconds else ""
             self._status = Text(f"{len(self._tokens)} tokens{rate}", STATUS_STYLE)
-            self._draw(Text())  # not every token makes text certain
+            self._draw(Text())  # update the status even if the token made no text certain
 
     def write(self, text: str, style: str = "") -> None:
-        """Go on with the finished text; the canvas is erased until it is drawn again."""
+        """Add to the finished text. The canvas stays erased until its next step."""
         self._append(text, style)
         self._draw(Text())
 
     def finish(self) -> None:
-        """End the text's last line."""
+        """End the last line of the text."""
         self._append("\n")
 
     def _append(self, text: str, style: str = "") -> None:
@@ -224,7 +224,7 @@ class LivePage:
     def _draw(self, canvas: Text) -> None:
         width, height = self.console.size
         rows, before = wrap(self._unfinished + canvas, width), len(wrap(self._unfinished, width)) - 1
-        # Where not all fits, the canvas comes before the text above it, and its head before its tail.
+        # If the screen is too low, drop text above the canvas first, then the end of the canvas.
         skipped = max(0, min(before, len(rows) - (height - 1)))
         self._region.draw([*clip(rows[skipped:], height - 1), cut(self._status, width)])
 
@@ -244,7 +244,7 @@ class LiveView(LivePage):
 
 
 def wrap(text: Text, width: int) -> list[Text]:
-    """Rows of at most ``width`` cells, broken where a terminal would break them; tabs become spaces."""
+    """Rows of at most ``width`` cells, wrapped as a terminal wraps them. Tabs become spaces."""
     text = text.copy()
     text.expand_tabs(_TAB)
     rows: list[Text] = []
@@ -258,7 +258,7 @@ def wrap(text: Text, width: int) -> list[Text]:
 
 
 def clip(rows: Sequence[Text], height: int) -> list[Text]:
-    """The first rows, and how many more there are, if they are more than ``height``."""
+    """At most ``height`` rows. If there are more, the last one says how many are missing."""
     if len(rows) <= height:
         return list(rows)
     kept = max(height - 1, 0)
@@ -266,7 +266,7 @@ def clip(rows: Sequence[Text], height: int) -> list[Text]:
 
 
 def cut(line: Text, width: int) -> Text:
-    """One row of at most ``width`` cells, ending in an ellipsis where it was longer."""
+    """One row of at most ``width`` cells; a longer line ends in an ellipsis."""
     line = line.copy()
     line.truncate(width, overflow="ellipsis")
     return line

@@ -1,4 +1,4 @@
-"""Where a person types: a prompt on a terminal, with history, completion and lines that go on; or lines of standard input."""
+"""Input of the chat: a terminal prompt with history, completion and multi-line messages, or lines of standard input."""
 
 import os
 import signal
@@ -18,17 +18,17 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-#: Among a command's choices, stands for the name of any file.
+#: Among a command's choices, stands for any file name.
 FILE = "FILE"
 
 _PROMPT, _CONTINUED = "> ", "  "
 
 
 def lines() -> Iterator[str]:
-    """The messages on standard input: one a line, and where a line ends in a backslash the next one too.
+    """The messages on standard input, one per line. A line that ends in a backslash continues on the next line.
 
-    Bytes that are not UTF-8 become lone surrogates, as in Python's file names; the tokenizer refuses these. A person at the
-    keyboard is shown a prompt, on standard error.
+    Bytes that are not UTF-8 become lone surrogates, as in Python's file names; the tokenizer refuses them. If standard input is a
+    terminal, a prompt is shown on standard error.
     """
     pending = ""
     while True:
@@ -47,10 +47,10 @@ def lines() -> Iterator[str]:
 
 
 class Terminal:
-    """A person at a terminal. A context manager; while it is open, Ctrl-C raises nothing between prompts and replies.
+    """The prompt on a terminal. A context manager: while it is open, Ctrl-C raises nothing between prompts and replies.
 
     Args:
-        commands: by name, such as "/mode", what may follow them, for completion; :data:`FILE` among it completes file names.
+        commands: arguments to complete, by command name such as "/mode"; :data:`FILE` completes file names.
     """
 
     def __init__(self, commands: Mapping[str, Sequence[str]]) -> None:
@@ -63,7 +63,7 @@ class Terminal:
             completer=_Commands(commands),
             complete_while_typing=False,
         )
-        self._pressed: int | None = None  # how often Ctrl-C was pressed in this reply; None outside of one
+        self._pressed: int | None = None  # number of Ctrl-C presses during this reply; None between replies
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGINT, self._interrupted)
@@ -73,7 +73,7 @@ class Terminal:
         signal.signal(signal.SIGINT, self._before)
 
     def __iter__(self) -> Iterator[str]:
-        """What is typed, message by message, until Ctrl-D."""
+        """The messages that the user types, until Ctrl-D."""
         while True:
             try:
                 text = self._session.prompt()
@@ -86,9 +86,12 @@ class Terminal:
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], bool]]:
-        """Within, Ctrl-C is only noted, for the step that is running to end whole; yields the question whether it was pressed.
+        """During a reply, count Ctrl-C instead of raising, so that the running step can finish.
 
-        Pressed again, it raises KeyboardInterrupt, since a step can take long, but not beyond the end of this context.
+        A second Ctrl-C raises KeyboardInterrupt, because a step can take long. The exception does not leave this context.
+
+        Yields:
+            A function that says whether Ctrl-C was pressed.
         """
         self._pressed = 0
         try:
@@ -106,7 +109,7 @@ class Terminal:
 
 @contextmanager
 def _silent_keys() -> Iterator[None]:
-    """Keys pressed within are kept for the next prompt as they are, instead of appearing in the middle of the picture."""
+    """Keep keys pressed during a reply for the next prompt, so that they do not appear on the live view."""
     if sys.platform == "win32":  # has no termios
         yield
         return
@@ -115,7 +118,7 @@ def _silent_keys() -> Iterator[None]:
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
     silent: list[Any] = termios.tcgetattr(keyboard)
-    silent[0] &= ~termios.ICRNL  # Enter stays Enter, which a prompt tells from Ctrl-J
+    silent[0] &= ~termios.ICRNL  # keep Enter as it is: the prompt tells it from Ctrl-J
     silent[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(keyboard, termios.TCSANOW, silent)
     try:
@@ -149,7 +152,7 @@ def _key_bindings() -> KeyBindings:
 
 
 class _Commands(Completer):
-    """Completes the name of a command, and what may follow it."""
+    """Completes the name of a command and its argument."""
 
     def __init__(self, commands: Mapping[str, Sequence[str]]) -> None:
         self._commands, self._files = commands, PathCompleter(expanduser=True)
@@ -169,17 +172,17 @@ class _Commands(Completer):
 
 class _FileHistory(FileHistory):
     def store_string(self, string: str) -> None:
-        with suppress(OSError, UnicodeError):  # a full disk costs the history, not the chat; and so does text that is none
+        with suppress(OSError, UnicodeError):  # a full disk or invalid text must not end the chat
             super().store_string(string)
 
 
 def history() -> History:
-    """A file that only its owner can read, in the user's state directory; in memory where that cannot be written."""
+    """History in a file in the user's state directory that only the owner can read; in memory if that cannot be written."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     try:
         file = Path(state).expanduser() / "mlx-diffgemma" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-    except (OSError, RuntimeError):  # the latter where there is no home directory
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return InMemoryHistory()
     return _FileHistory(str(file))

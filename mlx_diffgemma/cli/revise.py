@@ -1,4 +1,4 @@
-"""``mlx-diffgemma revise``: a text in, and the text as the model would rather have it out."""
+"""``mlx-diffgemma revise``: rewrites a text, starting from the text itself."""
 
 import dataclasses
 import difflib
@@ -17,20 +17,24 @@ from mlx_diffgemma.editing import revising
 from mlx_diffgemma.pipeline import DiffusionGemma
 
 
-@click.command(short_help="Write a text again, beginning with the text itself.")
+@click.command(short_help="Rewrite a text, starting from the text itself.")
 @source_options
 @click.argument("text", required=False)
-@click.option("--file", type=click.Path(path_type=Path), help="Read the text from this file.")
+@click.option("--file", type=click.Path(path_type=Path), help="Read the text from this file instead of the argument.")
 @click.option(
-    "--strength", type=float, required=True, metavar="P", help="Probability with which noise replaces a token first, 0 to 1."
+    "--strength",
+    type=float,
+    required=True,
+    metavar="P",
+    help="Probability that a token is replaced by noise at the start: 0 changes nothing, 1 writes a new text.",
 )
-@click.option("--prompt", metavar="TEXT", help="What the text answers, instead of an instruction to revise it.")
+@click.option("--prompt", metavar="TEXT", help="Prompt that the text answers, instead of the built-in instruction to revise it.")
 @prompt_options
 @denoising_options
 @backend_options
-@click.option("--diff", is_flag=True, help="Print the change as a unified diff instead of the text.")
+@click.option("--diff", is_flag=True, help="Print the changes as a unified diff instead of the text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-@click.option("-q", "--quiet", is_flag=True, help="Leave out the summary on standard error.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not print the summary on standard error.")
 def revise(
     model: str,
     revision: str | None,
@@ -50,13 +54,13 @@ def revise(
     quiet: bool,
     **sampler: Any,
 ) -> None:
-    """Revise TEXT, which is read from standard input if it is - or left out.
+    """Revise TEXT. If TEXT is - or left out, it is read from standard input.
 
-    A strength of 0 gives the text back, one of 1 writes a new one; in between, denoising begins with a text of which that share
-    is noise. Without --raw and --prompt, MODEL is asked in a chat to revise the text.
+    Noise replaces each token with probability --strength, and denoising starts from the result. By default, a chat message asks
+    MODEL to revise the text; --prompt replaces this message and --raw leaves it out.
     """
     given, ending = read_text(text, file, "text")
-    revising.check_strength(strength)  # before the weights are read
+    revising.check_strength(strength)  # so that a bad value fails before the weights are read
     checkpoint = Checkpoint.open(model, revision)
     checkpoint.generation.replace(**sampler)
     loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
@@ -69,13 +73,15 @@ def revise(
         print_text(result.text, ending)
     if not quiet and not as_json:
         steps = ", ".join(map(str, result.denoising_steps)) or "none"
-        click.echo(f"{result.replaced} tokens replaced; denoising steps by block: {steps}; seed: {result.seed}", err=True)
+        click.echo(
+            f"{result.replaced} tokens replaced by noise; denoising steps by block: {steps}; seed: {result.seed}", err=True
+        )
 
 
 def unified_diff(before: str, after: str, name: str) -> str:
-    """The change from one text to the other as ``diff -u`` writes it, and ``patch`` reads it; empty where there is none."""
+    """The changes between two texts in the format of ``diff -u``, which ``patch`` reads; empty if the texts are equal."""
     old, new = (
         list(io.StringIO(text, newline="\n")) for text in (before, after)
-    )  # splitlines() has line breaks that patch has not
+    )  # not splitlines(): it also splits at characters that are not line breaks to patch
     lines = difflib.unified_diff(old, new, name, f"{name} (revised)")
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)

@@ -1,4 +1,4 @@
-"""``mlx-diffgemma serve``: one model for many clients, over HTTP as OpenAI speaks it."""
+"""``mlx-diffgemma serve``: serves a model to many clients over HTTP, with OpenAI's API."""
 
 import dataclasses
 import importlib.util
@@ -23,11 +23,11 @@ from mlx_diffgemma.server.settings import Settings
 if TYPE_CHECKING:
     from mlx_diffgemma.scheduler.engine import Engine
 
-#: Seconds that running requests have to finish their block when the server stops, and answers then to reach their clients.
+#: After a stop: seconds for running requests to finish their block, then seconds for responses to reach the clients.
 STOP_SECONDS, SEND_SECONDS = 30.0, 5
-#: Connections besides those whose requests are in progress or waiting; more are refused with status 503.
+#: Connections allowed beyond --parallel + --queue; the server refuses more with status 503.
 SPARE_CONNECTIONS = 256
-#: What the extra brings.
+#: Packages of the extra ``server``.
 _PACKAGES = ("greenlet", "prometheus_client", "pydantic", "starlette", "uvicorn")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -41,20 +41,23 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=8000,
     show_default=True,
     metavar="N",
-    help="Port to listen on; 0 takes a free one.",
+    help="Port to listen on; 0 picks a free one.",
 )
 @click.option(
-    "--api-key", envvar="MLX_DIFFGEMMA_API_KEY", metavar="KEY", help="Key that clients must send; safer in the variable."
+    "--api-key",
+    envvar="MLX_DIFFGEMMA_API_KEY",
+    metavar="KEY",
+    help="Key that clients must send. It is safer to set it in the environment variable MLX_DIFFGEMMA_API_KEY.",
 )
-@click.option("--no-api-key", is_flag=True, help="Serve without a key on an ADDRESS that other machines can reach.")
-@click.option("--served-name", metavar="NAME", help="Model name that clients use.  [default: MODEL, or the name of its folder]")
+@click.option("--no-api-key", is_flag=True, help="Let clients connect without a key even if other machines can reach ADDRESS.")
+@click.option("--served-name", metavar="NAME", help="Model name for clients to use.  [default: MODEL, or the name of its folder]")
 @click.option(
     "--parallel",
     type=click.IntRange(1),
     default=Limits.parallel,
     show_default=True,
     metavar="N",
-    help="Requests in progress at a time.",
+    help="Maximum number of requests in progress at the same time.",
 )
 @click.option(
     "--queue",
@@ -62,14 +65,14 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=Limits.queue,
     show_default=True,
     metavar="N",
-    help="Further requests that may wait.",
+    help="Maximum number of requests that wait for their turn; more get status 429.",
 )
 @click.option(
     "--batch",
     type=click.Choice(BATCHES),
     default=Limits.batch,
     show_default=True,
-    help="Put canvases of several requests into one pass: only where no bit of an answer changes, or everywhere.",
+    help="When to put several requests into one forward pass: exact only where no response changes by a bit, fast always.",
 )
 @click.option(
     "--max-batch",
@@ -77,7 +80,7 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=Limits.max_batch,
     show_default=True,
     metavar="N",
-    help="Canvases in one pass at most.",
+    help="Maximum number of canvases in one forward pass.",
 )
 @click.option(
     "--timeout",
@@ -85,7 +88,7 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=Settings.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="Seconds that a request may take, waiting included.",
+    help="Seconds a request may take, including its time in the queue.",
 )
 @click.option(
     "--max-tokens",
@@ -93,10 +96,13 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=Settings.max_tokens,
     show_default=True,
     metavar="N",
-    help="Tokens of an answer where the client does not say.",
+    help="Maximum length of a response, in tokens, if the client sets none.",
 )
 @click.option(
-    "--max-prompt-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a prompt at most.  [default: the context]"
+    "--max-prompt-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Maximum length of a prompt, in tokens.  [default: MODEL's context]",
 )
 @click.option(
     "--max-body",
@@ -104,7 +110,7 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=size_text(Settings.max_body),
     show_default=True,
     metavar="SIZE",
-    help="Size of a request at most.",
+    help="Maximum size of a request body, such as 512KiB; a larger one gets status 413.",
 )
 @click.option(
     "--cache-memory",
@@ -112,9 +118,14 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=size_text(Settings.cache_memory),
     show_default=True,
     metavar="SIZE",
-    help="Memory for keys and values kept from earlier requests.",
+    help="Memory for the KV cache of earlier requests, such as 2GiB; 0 keeps nothing.",
 )
-@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Site whose pages may use the server. May be repeated.")
+@click.option(
+    "--cors-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Site whose pages may use the server, such as https://example.com. May be repeated.",
+)
 @backend_options
 def serve(
     model: str,
@@ -129,18 +140,19 @@ def serve(
     dtype: str | None,
     **settings: Any,
 ) -> None:
-    """Serve MODEL over HTTP, with the routes of OpenAI's API under /v1 and a page at /.
+    """Serve MODEL over HTTP, with OpenAI's API under /v1 and a web page at /.
 
-    It listens on this machine only, unless --host says otherwise; other machines then need the --api-key. The first SIGTERM or
-    Ctrl-C ends it gracefully: requests in progress finish their block, new ones get status 503. The second one ends it at once.
+    By default, only this machine can connect. To let other machines connect, set --host, and --api-key or --no-api-key. On the
+    first SIGTERM or Ctrl-C, requests in progress finish their block, new ones get status 503, and the server ends. A second
+    signal ends it at once.
     """
     missing = [package for package in _PACKAGES if not importlib.util.find_spec(package)]
     if missing:
         raise BackendError(f"the server needs {missing[0]}; try: pip install 'mlx-diffgemma[server]'")
     if api_key is not None and (not api_key.isascii() or not api_key.strip()):
-        raise InputError("the API key must be ASCII, and not empty")
+        raise InputError("the API key must be ASCII and not empty; set another one")
     if not _is_local(host) and api_key is None and not no_api_key:
-        raise InputError(f"other machines can reach {host}: set --api-key, or say --no-api-key to let everybody in")
+        raise InputError(f"other machines can reach {host}; set --api-key, or use --no-api-key to let everybody in")
     listener = _listener(host, port)
     loaded = load(model, revision=revision, backend=backend, device=device, dtype=dtype)
 
@@ -160,11 +172,11 @@ def serve(
 
 
 def _is_local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether only this machine can reach the address."""
     try:
         return host in _LOCAL or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name, which may point anywhere
+        return False  # a host name may point anywhere
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -180,7 +192,7 @@ def _address(host: str, listener: socket.socket) -> str:
 
 
 def _run(app: Any, engine: "Engine", listener: socket.socket, ready: str) -> None:
-    """Serve until a signal comes and what it leaves is done."""
+    """Serve until a signal, then let running requests finish."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -197,7 +209,7 @@ def _run(app: Any, engine: "Engine", listener: socket.socket, ready: str) -> Non
             threading.Thread(target=self.drain, daemon=True).start()
 
         def drain(self) -> None:
-            """Let the engine end while the server goes on to listen, so that new requests are told why they are refused."""
+            """Stop the engine while the server still listens, so that new requests get status 503 with a reason."""
             engine.stop(STOP_SECONDS)
             self.should_exit = True
 
@@ -209,10 +221,8 @@ def _run(app: Any, engine: "Engine", listener: socket.socket, ready: str) -> Non
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # the client is who is connected, not who a header says it is
-        limit_concurrency=engine.limits.parallel
-        + engine.limits.queue
-        + SPARE_CONNECTIONS,  # bounds the memory of bodies that are being read
+        proxy_headers=False,  # a header must not change the client's address
+        limit_concurrency=engine.limits.parallel + engine.limits.queue + SPARE_CONNECTIONS,  # bounds the memory of request bodies
         timeout_graceful_shutdown=SEND_SECONDS,
     )
     Server(config).run(sockets=[listener])

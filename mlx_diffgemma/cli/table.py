@@ -1,10 +1,10 @@
-"""Plain tables, for reading and for ``awk``."""
+"""Plain text tables that people and ``awk`` can read."""
 
 from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows of equal length, the first ``left`` columns flush left and the others, numbers, flush right."""
+    """Lay out rows of equal length: the first ``left`` columns flush left, the others (numbers) flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

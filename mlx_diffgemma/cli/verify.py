@@ -1,4 +1,4 @@
-"""``mlx-diffgemma verify``: do the backends agree on a checkpoint?"""
+"""``mlx-diffgemma verify``: checks whether the backends agree on a checkpoint."""
 
 import dataclasses
 import json
@@ -12,31 +12,36 @@ from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.reports import conformance
 
 
-@click.command(short_help="Compare backends on a checkpoint.")
+@click.command(short_help="Check whether backends agree on a checkpoint.")
 @source_options
 @click.option(
     "--backends",
     default="mlx,torch",
     show_default=True,
     metavar="NAMES",
-    help="Backends, each with :DEVICE behind it if not on its default device: torch:cpu,torch:cuda.",
+    help="Backends to compare, separated by commas; :DEVICE sets a device, as in torch:cpu,torch:cuda.",
 )
 @click.option(
-    "--against", metavar="NAME", help="Baseline: a backend, or reference for transformers.  [default: the first backend]"
+    "--against",
+    metavar="NAME",
+    help="Baseline to compare with: a backend, or reference for transformers on the CPU.  [default: the first of --backends]",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type to compute in.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Number type to compute in.")
 @click.option(
-    "--prompt-length", type=int, metavar="N", help="Random prompt tokens.  [default: the sliding window and 8 more, at most 64]"
+    "--prompt-length",
+    type=int,
+    metavar="N",
+    help="Length of the random prompt, in tokens.  [default: the sliding window and 8 more, at most 64]",
 )
-@click.option("--canvas-length", type=int, metavar="N", help="Tokens per canvas.  [default: the model's, at most 32]")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens and the sampler.")
+@click.option("--canvas-length", type=int, metavar="N", help="Tokens per canvas.  [default: MODEL's, at most 32]")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random tokens and the sampler.")
 @click.option(
     "--tolerance",
     type=float,
     default=conformance.TOLERANCE,
     show_default=True,
     metavar="X",
-    help="Largest difference of a float32 logit, absolute, after the softcap.",
+    help="Largest allowed absolute difference of float32 logits, after the softcap.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.pass_context
@@ -53,15 +58,15 @@ def verify(
     tolerance: float,
     as_json: bool,
 ) -> None:
-    """Compare what backends compute from MODEL: logits, hidden states, entropies and tokens.
+    """Compare the logits, hidden states, entropies and tokens that backends compute from MODEL.
 
-    All answer for the same random tokens: in a causal pass over a prompt, in the first and the second denoising step of a canvas
-    after it, and in the next block. Then each writes a short text.
+    All backends get the same random tokens. They run a causal pass over a prompt, two denoising steps of the canvas after it, and
+    a step in the next block. Then each backend writes a short text.
 
-    In float32, logits must be within --tolerance and tokens the same. In bfloat16 only the divergence of the logits is judged.
-    The exit status is 0 if all is well, and 1 if it is not.
+    In float32, logits must differ by at most --tolerance and tokens must be equal. In bfloat16, only the divergence of the logits
+    is checked. The exit status is 0 if the backends agree, and 1 if they do not.
 
-    Models are loaded one after the other. --against reference holds all of MODEL in memory, unquantized.
+    The models are loaded one at a time. --against reference holds all of MODEL in memory, and MODEL must not be quantized.
     """
     report = conformance.verify(
         Checkpoint.open(model, revision),

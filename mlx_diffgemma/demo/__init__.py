@@ -1,1 +1,1 @@
-"""The Sudoku that the model in the box solves."""
+"""The Sudoku demo: the puzzles that the boxed model solves."""

@@ -1,13 +1,13 @@
-"""Sudoku for the tiny demonstration model: grids, an exact solver, fresh puzzles, the rules, and the split of what it may see.
+"""Sudoku for the boxed model: grids, the rules, an exact solver, fresh puzzles, and which puzzles are held out from training.
 
-A grid is 4x4 (boxes of 2x2), 6x6 (2 rows by 3 columns) or 9x9 (3x3), its cells numbered row by row, 0 where empty.
+A grid is 4x4 (boxes of 2x2), 6x6 (boxes of 2 rows by 3 columns) or 9x9 (boxes of 3x3). Cells go row by row; an empty cell is 0.
 
-The solver keeps, for each digit, the set of cells that may hold it, as the bits of one integer. Counting over the digits then
+For each digit, the solver keeps the set of cells that may hold it, as the bits of one integer. Counting over the digits then
 finds all cells with one or two candidates at once, and placing a digit is one mask.
 
-**What the model never saw.** :func:`is_held_out` decides by :func:`invariant`, which is the same for every symmetric form of a
-puzzle. Training draws only from one side, so a puzzle from the other is new to the model in every form, by construction. Its
-solution need not be: complete 4x4 and 6x6 grids are few up to symmetry.
+**Held-out puzzles.** :func:`is_held_out` uses :func:`invariant`, which is the same for every symmetric form of a puzzle. Training
+uses only puzzles that are not held out, so a held-out puzzle is new to the model in every symmetric form. Its solution may not be
+new: up to symmetry, there are few complete 4x4 and 6x6 grids.
 """
 
 from collections.abc import Iterator
@@ -22,24 +22,24 @@ from numpy.typing import NDArray
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.noise import mix
 
-#: Token id of an empty cell in the demonstration model; digit d is this + d.
+#: The boxed model's token id of an empty cell. Digit d is this + d.
 EMPTY_TOKEN = 6
 
 #: Rows and columns of a box, by the size of the grid.
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 
-#: Complete grids that are tried for a puzzle before it is given up.
+#: How many complete grids are tried for one puzzle.
 MAX_GRIDS = 300
 
 NAKED, HIDDEN, SEARCH = "naked singles", "hidden singles", "search"
 
 _ROUNDS = 4
-_BOX, _DIGIT = np.uint32(0x9E3779B9), np.uint32(0x3C6EF372)  # tell the two kinds of neighbourhood from lines
+_BOX, _DIGIT = np.uint32(0x9E3779B9), np.uint32(0x3C6EF372)  # keep boxes and digits distinct from rows and columns in the hash
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells row by row, 0 where empty; checked on construction (InputError). Whether it obeys the rules is :func:`check`'s."""
+    """Cells row by row, 0 for an empty cell. Checked on construction (InputError), but not for the rules; see :func:`check`."""
 
     cells: tuple[int, ...]
 
@@ -52,33 +52,33 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From text: one character a cell, ``.``, ``0`` or ``_`` where empty; white space does not count."""
+        """Read a grid from text: one character per cell, ``.``, ``0`` or ``_`` for an empty cell. White space is ignored."""
         cells = "".join(text.split()).replace(".", "0").replace("_", "0")
         if not (cells.isascii() and cells.isdigit()):
-            raise InputError("a grid is written with digits, and '.', '0' or '_' for an empty cell")
+            raise InputError("a grid must be written with digits, and '.', '0' or '_' for an empty cell")
         return cls(tuple(map(int, cells)))
 
     @classmethod
     def from_array(cls, cells: NDArray[np.int8]) -> Self:
-        """From one row [cells] of an array of grids."""
+        """Make a grid from one row [cells] of an array of grids."""
         return cls(tuple(cells.tolist()))
 
     @property
     def size(self) -> int:
-        """Rows, columns and digits; 0 where the number of cells is none of a Sudoku's."""
+        """The number of rows, columns and digits. 0 if the number of cells fits no Sudoku."""
         return next((size for size in BOXES if size * size == len(self.cells)), 0)
 
     @property
     def clue_count(self) -> int:
-        """Cells that hold a digit."""
+        """How many cells hold a digit."""
         return sum(digit > 0 for digit in self.cells)
 
     def text(self) -> str:
-        """One character a cell, row by row, ``.`` where empty: the form the model reads and writes."""
+        """One character per cell, row by row, ``.`` for an empty cell: the form that the model reads and writes."""
         return "".join(str(digit) if digit else "." for digit in self.cells)
 
     def render(self) -> str:
-        """Lines for a terminal, with the boxes ruled."""
+        """The grid as lines for a terminal, with ruled boxes."""
         size, (height, width) = self.size, BOXES[self.size]
         rule = ["─" * (2 * width + 1)] * (size // width)
         lines = ["┌" + "┬".join(rule) + "┐"]
@@ -99,13 +99,13 @@ class Puzzle(NamedTuple):
 
 
 class Grade(NamedTuple):
-    """What solving a puzzle takes.
+    """How hard a puzzle is.
 
     Attributes:
-        technique: ``NAKED`` (a cell with one candidate) suffices, ``HIDDEN`` (also a digit with one place in a row, column or
-            box) suffices, or ``SEARCH``: more than that is needed.
-        guesses: digits tried, with both techniques after each, until the solution is found; 0 where none is needed. Cells
-            with two candidates come first, else in order of cell and digit.
+        technique: the simplest technique that solves the puzzle: ``NAKED`` (fill cells with one candidate), ``HIDDEN`` (also fill
+            digits with one place left in a row, column or box), or ``SEARCH`` (also guess).
+        guesses: how many digits were tried until the solution was found, with both techniques after each; 0 if no guess is
+            needed. Cells with two candidates are tried first, and otherwise cells and digits are tried in order.
     """
 
     technique: str
@@ -113,7 +113,7 @@ class Grade(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A row, column or box: its name, and its cells in order."""
+    """A row, column or box: its name and its cells in order."""
 
     name: str
     cells: tuple[int, ...]
@@ -121,7 +121,7 @@ class Unit(NamedTuple):
 
 @cache
 def units(size: int) -> tuple[Unit, ...]:
-    """All rows, then all columns, then all boxes; names count from 1."""
+    """All rows, then all columns, then all boxes. Their names count from 1."""
     height, width = BOXES[size]
     named: dict[str, list[int]] = {f"{kind} {index + 1}": [] for kind in ("row", "column", "box") for index in range(size)}
     for cell in range(size * size):
@@ -133,12 +133,12 @@ def units(size: int) -> tuple[Unit, ...]:
 
 
 def check(puzzle: Grid, answer: Grid) -> list[str]:
-    """How ``answer`` breaks the rules, one line a violation, empty where it solves ``puzzle``.
+    """How ``answer`` breaks the rules, one line per violation. Empty if it solves ``puzzle``.
 
-    Every row, column and box must hold each digit once, and the clues must stand.
+    Every row, column and box must hold each digit once, and the clues must be unchanged.
     """
     if puzzle.size != answer.size:
-        raise InputError(f"the puzzle is {puzzle.size}x{puzzle.size}, the answer {answer.size}x{answer.size}")
+        raise InputError(f"the puzzle is {puzzle.size}x{puzzle.size}, but the answer is {answer.size}x{answer.size}")
     violations = []
     for cell, (clue, digit) in enumerate(zip(puzzle.cells, answer.cells, strict=True)):
         place = f"row {cell // puzzle.size + 1}, column {cell % puzzle.size + 1}"
@@ -155,12 +155,12 @@ def check(puzzle: Grid, answer: Grid) -> list[str]:
 
 
 def count_solutions(grid: Grid, limit: int = 2) -> int:
-    """Solutions of a grid, counted up to ``limit``."""
+    """The number of solutions of a grid, counted up to ``limit``."""
     return sum(1 for _ in islice(_solutions(grid.size, _candidates(grid)), limit))
 
 
 def grade(puzzle: Grid) -> Grade:
-    """The difficulty of a puzzle; raises InputError where it has no solution."""
+    """The difficulty of a puzzle. Raises InputError if it has no solution."""
     for technique, hidden in ((NAKED, False), (HIDDEN, True)):
         state = _propagate(puzzle.size, _candidates(puzzle), 0, hidden=hidden)
         if state and not state.branch:
@@ -171,21 +171,21 @@ def grade(puzzle: Grid) -> Grade:
 
 
 def random_grid(size: int, rng: np.random.Generator) -> Grid:
-    """A complete grid; every one can come, not all with the same probability."""
+    """A random complete grid. Every grid is possible, but not all have the same probability."""
     cells = size * size
     candidates, _ = next(_solutions(size, [(1 << cells) - 1] * size, rng))
     return Grid(tuple(next(digit for digit in range(size) if candidates[digit] >> cell & 1) + 1 for cell in range(cells)))
 
 
 def remove_clues(solution: Grid, clues: int, rng: np.random.Generator) -> Grid:
-    """A puzzle with that one solution, by emptying cells in random order until ``clues`` are left or none can go."""
+    """A puzzle with this one solution. Empties cells in random order until ``clues`` are left or no other cell can be emptied."""
     size, cells = solution.size, list(solution.cells)
     left = len(cells)
     for cell in rng.permutation(len(cells)).tolist():
         if left <= clues:
             break
         digit, cells[cell] = cells[cell], 0
-        # The solution was the only one: any other that appears must differ in this very cell.
+        # The solution was the only one, so any new solution must differ from it in this cell.
         candidates = _candidates(Grid(tuple(cells)))
         candidates[digit - 1] &= ~(1 << cell)
         if next(_solutions(size, candidates), None) is None:
@@ -196,22 +196,22 @@ def remove_clues(solution: Grid, clues: int, rng: np.random.Generator) -> Grid:
 
 
 def require_valid(size: int, clues: int, seed: int) -> None:
-    """Raise InputError where puzzles of this size, with this many clues, by this seed, cannot be asked for."""
+    """Raise InputError if the size, the number of clues or the seed is out of range."""
     if size not in BOXES:
-        raise InputError(f"the size of a Sudoku is 4, 6 or 9, not {size}")
+        raise InputError(f"the size of a Sudoku must be 4, 6 or 9, got {size}")
     if not 0 < clues < size * size:
-        raise InputError(f"a {size}x{size} puzzle has 1 to {size * size - 1} clues, not {clues}")
+        raise InputError(f"a {size}x{size} puzzle must have 1 to {size * size - 1} clues, got {clues}")
     if seed < 0:
         raise InputError(f"the seed must be 0 or more, got {seed}")
 
 
 def fresh_puzzle(size: int, clues: int, seed: int) -> Puzzle:
-    """A held-out puzzle with one solution and exactly ``clues`` clues, the same for the same ``seed`` (0 or more).
+    """A held-out puzzle with one solution and exactly ``clues`` clues. The same ``seed`` (0 or more) gives the same puzzle.
 
-    "The same" is under one version of NumPy, which may change its generators' methods between versions (NEP 19).
+    This holds for one version of NumPy, which may change its generators' methods between versions (NEP 19).
 
     Raises:
-        InputError: an argument is out of range, or none was found in ``MAX_GRIDS`` complete grids: few clues are rare.
+        InputError: an argument is out of range, or ``MAX_GRIDS`` complete grids gave no such puzzle. Few clues are rare.
     """
     require_valid(size, clues, seed)
     rng = np.random.default_rng(seed)
@@ -227,9 +227,11 @@ def invariant(puzzles: NDArray[np.int8]) -> NDArray[np.uint32]:
     """A hash [n] of puzzles [n, cells] that is the same for all symmetric forms of a puzzle.
 
     The symmetries relabel the digits, permute rows within bands, columns within stacks, bands and stacks, and transpose.
-    Colour refinement: a cell's first colour is whether it holds a clue; in each round it takes in the multisets of colours in
-    its row and column (in no order), its box, and among the clues of its own digit. Only sums over cells enter, so no order or
-    label can. Puzzles that are not symmetric forms of each other may share a hash, rarely; both are then on one side.
+
+    The hash is a colour refinement. A cell's first colour says whether it holds a clue. In each round, the colour takes in the
+    multisets of colours in the cell's row and column (in no order), in its box, and among the clues of its own digit. Only sums
+    over cells are used, so no order and no label has an influence. In rare cases, puzzles that are not symmetric forms of each
+    other have the same hash. Then both are held out, or neither is.
     """
     chunk = 1024  # keeps the temporaries in cache
     hashes = [_refine(puzzles[start : start + chunk]) for start in range(0, len(puzzles), chunk)]
@@ -237,18 +239,18 @@ def invariant(puzzles: NDArray[np.int8]) -> NDArray[np.uint32]:
 
 
 def is_held_out(puzzles: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Which of puzzles [n, cells] training never sees, in any symmetric form: one in ten."""
+    """Which puzzles [n, cells] are held out: training never sees them in any symmetric form. One in ten is held out."""
     held_out: NDArray[np.bool_] = invariant(puzzles) % 10 == 0
     return held_out
 
 
 def to_tokens(cells: NDArray[np.int8]) -> NDArray[np.int32]:
-    """The demonstration model's token ids of cells, 0 where empty, of any shape."""
+    """The boxed model's token ids of cells (0 for an empty cell), for arrays of any shape."""
     return cells.astype(np.int32) + EMPTY_TOKEN
 
 
 def from_tokens(tokens: NDArray[np.int32], size: int) -> NDArray[np.int8]:
-    """Cells of the demonstration model's token ids of any shape; a token that is no digit up to ``size`` makes an empty cell."""
+    """The cells of the boxed model's token ids, for arrays of any shape. A token that is not a digit up to ``size`` gives 0."""
     digits = tokens - EMPTY_TOKEN
     return np.where((digits > 0) & (digits <= size), digits, 0).astype(np.int8)
 
@@ -275,7 +277,7 @@ def _refine(puzzles: NDArray[np.int8]) -> NDArray[np.uint32]:
 
 
 class _State(NamedTuple):
-    """After propagation: the cells that are decided, and the cell to guess in, both as bits; ``branch`` is 0 where solved."""
+    """The state after propagation: the decided cells and the cell to guess, both as bits. ``branch`` is 0 if it is solved."""
 
     decided: int
     branch: int
@@ -288,7 +290,7 @@ def _unit_masks(size: int) -> tuple[int, ...]:
 
 @cache
 def _cells_left(size: int) -> tuple[int, ...]:
-    """For each cell, the cells that may still hold a digit once it is placed there, as bits."""
+    """For each cell, the cells that may still hold a digit after that digit is placed in it, as bits."""
     masks, everywhere = _unit_masks(size), (1 << size * size) - 1
     keep = []
     for cell in range(size * size):
@@ -300,7 +302,7 @@ def _cells_left(size: int) -> tuple[int, ...]:
 
 
 def _candidates(grid: Grid) -> list[int]:
-    """For each digit, the cells that may hold it, as bits; only a clue's own cell is narrowed."""
+    """For each digit, the cells that may hold it, as bits. Clues restrict only their own cells here."""
     empty = sum(1 << cell for cell, digit in enumerate(grid.cells) if not digit)
     candidates = [empty] * grid.size
     for cell, digit in enumerate(grid.cells):
@@ -310,10 +312,10 @@ def _candidates(grid: Grid) -> list[int]:
 
 
 def _propagate(size: int, candidates: list[int], decided: int, *, hidden: bool) -> _State | None:
-    """Place naked and, if asked, hidden singles until none is left; narrows ``candidates``. None at a contradiction."""
+    """Place naked and, if ``hidden``, hidden singles until none is left. Changes ``candidates``. None at a contradiction."""
     everywhere, keep = (1 << size * size) - 1, _cells_left(size)
     while True:
-        once = twice = thrice = 0  # cells with at least so many candidates
+        once = twice = thrice = 0  # cells with at least one, two or three candidates
         for mask in candidates:
             thrice |= twice & mask
             twice |= once & mask
@@ -337,7 +339,7 @@ def _propagate(size: int, candidates: list[int], decided: int, *, hidden: bool) 
 
 
 def _place_hidden(size: int, candidates: list[int], decided: int) -> bool:
-    """Make each digit with one place left in a unit that cell's only candidate; False where there is none."""
+    """If a digit has one place left in a unit, make it the only candidate of that cell. False if there is no such digit."""
     found = False
     for digit, mask in enumerate(candidates):
         if not mask & ~decided:
@@ -357,7 +359,7 @@ def _place_hidden(size: int, candidates: list[int], decided: int) -> bool:
 
 
 def _solutions(size: int, candidates: list[int], rng: np.random.Generator | None = None) -> Iterator[tuple[list[int], int]]:
-    """Depth-first search: each solution, as candidates, and the guesses made until then; with ``rng``, digits in random order."""
+    """Depth-first search: each solution, as candidates, and the guesses until then. With ``rng``, digits in random order."""
     stack = [(candidates, 0)]
     guesses = -1
     while stack:

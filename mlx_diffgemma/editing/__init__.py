@@ -1,1 +1,1 @@
-"""Writing inside a text that is there: infilling, revising, proofreading."""
+"""Editing an existing text: infilling, revising, proofreading."""

@@ -1,9 +1,9 @@
-"""What stands around a text that is edited.
+"""The tokens around a text that is edited.
 
-The text stands where a model's answer would: after a prompt, from its first token on. By default the prompt is a chat of one
-user turn, the instruction, which holds the text too. The end of the turn follows the text, and padding up to the end of its last
-canvas. A ``raw`` text comes after nothing but the beginning-of-sequence token, and nothing follows it. A ``prompt`` takes the
-place of either.
+The text takes the place of the model's answer, directly after a prompt. By default the prompt is a chat with one user turn: the
+instruction, which also contains the text. After the text come the end of the turn, and padding up to the end of the last canvas.
+A ``raw`` text comes after the beginning-of-sequence token alone, and nothing follows it. A ``prompt`` replaces what comes before
+the text in either case.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from mlx_diffgemma.prompts import Prompt
 def around(
     model: DiffusionGemma, instruction: str, prompt: Prompt | None, *, system: str | None, raw: bool, markup: bool
 ) -> tuple[list[int], tuple[int, ...]]:
-    """Ids of what comes before a text, and of what follows it."""
+    """The ids before a text, and the ids after it."""
     ending = () if raw else (model.tokenizer.end_of_turn_id, model.checkpoint.generation.pad_token_id)
     if prompt is None and raw:
         if system is not None:
@@ -30,14 +30,14 @@ def around(
 
 
 def editing_config(model: DiffusionGemma, options: Mapping[str, Any]) -> GenerationConfig:
-    """A checkpoint's way to sample, with ``options`` over it."""
+    """The checkpoint's configuration for sampling, with some values replaced by ``options``."""
     if options.get("max_new_tokens") is not None:
-        raise InputError("the text itself says how many tokens there are; leave out max_new_tokens")
+        raise InputError("an edited text has its own length; leave out max_new_tokens")
     return model.checkpoint.generation.replace(**options)
 
 
 def checked(text: str) -> str:
-    """The text; raises InputError where it is empty."""
+    """Return the text. Raises InputError if it is empty."""
     if not text.strip():
         raise InputError("the text is empty")
     return text

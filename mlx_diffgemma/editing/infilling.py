@@ -1,19 +1,20 @@
-"""Infilling: a text with holes, of lengths that are known or have to be found.
+"""Infilling: fills the holes of a text. The length of a hole may be given, or be found by trying.
 
-What comes before the first hole is encoded once, and all candidates begin with its cache. From the first hole on (or, with
-``in_canvas``, from somewhat before) the text lies in canvases, in which known tokens are frozen. Of several canvases the earlier
-ones are committed before the later ones are begun: a hole sees what is known up to the end of its own canvas.
+The text before the first hole is encoded once, and all candidates begin with its cache. From the first hole on (or, with
+``in_canvas``, from a few tokens before it) the text lies in canvases, and its known tokens are frozen. If there are several
+canvases, each is committed before the next one begins, so a hole sees the known text only up to the end of its own canvas.
 
-Lengths that are not known are tried: every combination is a candidate, denoised beside the others with the same noise; what is
-written for one does not depend on which others are tried. Two per-token means rank them, and a mean corrects for length:
+If lengths are not given, every combination of lengths is a candidate. The candidates are denoised side by side with the same
+noise, and the result of one does not depend on the others. Two means per token rank them; means, because the lengths differ:
 
     score = mean log p(token | its canvas) over the tokens in the holes
-          + mean log p(token | all tokens before it) over the filled text, from the first hole to the last token that is shown
-            behind the holes of every candidate
+          + mean log p(token | all tokens before it) over the filled text, from the first hole to the last token after the holes
+            that every candidate has in its canvases
 
-The first is the denoiser's, in one pass over each finished canvas (:meth:`~mlx_diffgemma.backends.Backend.score_canvas`), and
-says how well it likes what it wrote. The second is the causal model's (:meth:`~mlx_diffgemma.backends.Backend.score`), and
-arbitrates: a wrong length shows where the known text goes on.
+The first mean comes from the denoiser, in one pass over each finished canvas
+(:meth:`~mlx_diffgemma.backends.Backend.score_canvas`). It says how well the denoiser likes what it wrote. The second mean comes
+from the causal model (:meth:`~mlx_diffgemma.backends.Backend.score`) and notices a wrong length: the known text then continues
+badly.
 """
 
 import re
@@ -37,23 +38,23 @@ from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
 from mlx_diffgemma.sampler import FREE, Block, Text, check_lengths, check_seed, diffuse
 from mlx_diffgemma.writing import fresh_seed
 
-#: Lengths that are tried for a hole of which nothing is said.
+#: The lengths that are tried for a hole without a length.
 LEAST, MOST = 1, 8
-#: Combinations of lengths that are tried at most.
+#: The most combinations of lengths that are tried.
 MAX_CANDIDATES = 64
-#: Candidates that are written side by side: bounds the memory of their caches.
+#: How many candidates are written side by side. This limits the memory of their caches.
 ROWS = 8
 
-#: How a hole is written in a text, unless another marker is asked for; see :func:`parse_template`.
+#: The default marker of a hole in a text; see :func:`parse_template`.
 MARKER = "<hole>"
-#: The user's turn of a chat that asks for the holes; ``GAP`` stands for each.
+#: The user's turn of the chat that asks to fill the holes. ``GAP`` stands for each hole.
 INSTRUCTION = "Write the following text again, with every gap {gap} filled in and nothing else changed.\n\n{text}"
 GAP = "____"
 
 
 @dataclass(frozen=True)
 class Hole:
-    """From ``least`` to ``most`` tokens that the model is to write; checked on construction (InputError)."""
+    """A hole of ``least`` to ``most`` tokens that the model fills. Checked on construction (InputError)."""
 
     least: int = LEAST
     most: int = MOST
@@ -63,18 +64,18 @@ class Hole:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"a hole's length must be an integer of at least 1, got {value!r}")
         if self.least > self.most:
-            raise InputError(f"a hole's range is upside down: {self.least}-{self.most}; write {self.most}-{self.least}")
+            raise InputError(f"a hole's range is in the wrong order: {self.least}-{self.most}; write {self.most}-{self.least}")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of lengths, and what the model wrote for it.
+    """One combination of lengths, and the tokens that the model wrote for it.
 
     Attributes:
-        lengths: positions of each hole.
-        holes: token ids of each hole, up to and without its first end token.
+        lengths: how many positions each hole has.
+        holes: the token ids of each hole, up to its first end token, which is left out.
         canvas_logprob, causal_logprob: the two means of the score, in nats.
-        steps: denoising steps, of all canvases together.
+        steps: denoising steps of all canvases together.
     """
 
     lengths: tuple[int, ...]
@@ -85,13 +86,13 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """The higher the better; comparable between candidates of one template."""
+        """Higher is better. Scores are comparable between candidates of one template."""
         return self.canvas_logprob + self.causal_logprob
 
 
 @dataclass(frozen=True)
 class Filling:
-    """A candidate as text: the given text with ``holes``, each decoded from its own tokens alone, put in."""
+    """A candidate as text: the given text, filled with ``holes``. Each hole is decoded from its own tokens alone."""
 
     text: str
     holes: tuple[str, ...]
@@ -100,11 +101,11 @@ class Filling:
 
 @dataclass(frozen=True)
 class Infill:
-    """A text whose holes are filled.
+    """A text whose holes are filled. ``text`` and ``holes`` are those of the best filling.
 
     Attributes:
-        fillings: all that were tried, the best first.
-        seed: with the template and the options, it gives the same again.
+        fillings: all fillings that were tried, the best first.
+        seed: with the same template and options, it gives the same result again.
     """
 
     fillings: tuple[Filling, ...]
@@ -122,11 +123,11 @@ class Infill:
 def parse_template(text: str, marker: str = MARKER) -> list[str | Hole]:
     """Split a text at its markers.
 
-    ``<hole>`` is a hole of any length (:data:`LEAST` to :data:`MOST` tokens are tried), ``<hole:5>`` one of 5 tokens, and
-    ``<hole:2-8>`` one of 2 to 8. Another marker takes its length in the same way, before its last character.
+    ``<hole>`` is a hole of unknown length (:data:`LEAST` to :data:`MOST` tokens are tried), ``<hole:5>`` is a hole of 5 tokens,
+    and ``<hole:2-8>`` is a hole of 2 to 8. Other markers take a length in the same way, before their last character.
 
     Raises:
-        InputError: the marker is unusable, occurs where it overlaps itself, or has no length behind its colon; or there is none.
+        InputError: the marker is unusable, overlaps itself in the text, has no length after its colon, or is not in the text.
     """
     if len(marker) < 2 or marker != marker.strip() or ":" in marker:
         raise InputError(f"the marker {marker!r} must have two characters or more, no colon, and no white space around it")
@@ -141,7 +142,7 @@ def parse_template(text: str, marker: str = MARKER) -> list[str | Hole]:
         parts += [text[end : match.start()], _hole(match["length"], match[0])]
         end = match.end()
     if not parts:
-        raise InputError(f"the text has no hole; write {marker} where the model is to fill in")
+        raise InputError(f"the text has no hole; write {marker} where the model should write")
     return [part for part in (*parts, text[end:]) if part]
 
 
@@ -151,28 +152,28 @@ def _hole(length: str | None, written: str) -> Hole:
     numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", length, re.ASCII)
     if not numbers:
         raise InputError(
-            f"{written} says no length; a hole of 5 tokens ends in :5{written[-1]}, one of 2 to 8 in :2-8{written[-1]}"
+            f"{written} has no valid length; end a hole of 5 tokens in :5{written[-1]}, and one of 2 to 8 in :2-8{written[-1]}"
         )
     return Hole(int(numbers[1]), int(numbers[2] or numbers[1]))
 
 
 def instruction(parts: Sequence[str | Hole]) -> str:
-    """The user's turn that asks for a template to be filled."""
+    """The user's turn that asks the model to fill a template."""
     return INSTRUCTION.format(gap=GAP, text="".join(GAP if isinstance(part, Hole) else part for part in parts))
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a template stands.
+    """The surroundings of a template.
 
     Attributes:
-        ending: what follows the template, its last token up to the end of the last canvas. Where it is empty the model may
-            write on, and what it writes there is dropped.
-        tail_in_prompt: whether the known tokens before the first hole tell of those behind the last one. If so, those that do
-            not fit behind it into its canvas are left out; else that is an error, as nothing could see them.
-        in_canvas: how many of the tokens before the first hole lie in the first canvas too, frozen, and not in the cache. A small
-            model that has only ever begun its canvases where its answers begin is at a loss elsewhere.
-        rule: where what is before the canvases is cut into pieces; by default nothing is known of it.
+        ending: the tokens after the template. Its last token is repeated up to the end of the last canvas. If it is empty, the
+            model writes there too, and those tokens are dropped.
+        tail_in_prompt: whether the prompt also contains the known tokens after the last hole. If it does, tokens that do not fit
+            into the last hole's canvas are left out. Otherwise that is an error, because no hole could see them.
+        in_canvas: how many of the tokens before the first hole are frozen in the first canvas instead of being in the cache. A
+            small model whose canvases in training always began where an answer begins does badly with other canvases.
+        rule: cuts the tokens before the canvases into pieces. By default a rule without end tokens and reply starts.
     """
 
     ending: tuple[int, ...] = ()
@@ -195,24 +196,24 @@ def infill(
     batch: str = "exact",
     **options: Unpack[DenoisingOptions],
 ) -> Infill:
-    """Fill the holes of a text; the module says how, and how lengths that are not known are ranked.
+    """Fill the holes of a text. The module's docstring says how, and how holes of unknown length are ranked.
 
-    In a chat, a text that fits into one canvas with its longest holes lies there from its first token on, as an answer
-    would. Otherwise what is before the first hole is in the cache, and the canvases begin with that hole.
+    In a chat, a text that fits into one canvas with its longest holes lies in that canvas from its first token on, like an
+    answer. Otherwise the text before the first hole is in the cache, and the canvases begin with that hole.
 
-    The text around the holes comes back as it was given, to the character. A hole's text is decoded from its own tokens
-    alone: an end token ends it, turn markers are dropped, and a character that is broken off at its edge becomes U+FFFD.
+    The text around the holes is returned unchanged, to the character. The text of a hole is decoded from its own tokens alone: an
+    end token ends it, turn markers are dropped, and an incomplete character at its edge becomes U+FFFD.
 
     Args:
-        template: a text with markers (see :func:`parse_template`), or known texts and holes in order.
-        prompt: what the text answers, instead of the instruction; a text, a conversation or token ids.
+        template: a text with markers (see :func:`parse_template`), or a list of known texts and holes in order.
+        prompt: the prompt that the text answers, instead of the instruction: a text, a conversation or token ids.
         system: a system message to put before the conversation.
-        raw: leave the chat template away. What does not fit into the canvas behind the last hole is then an error, as it is
-            with a ``prompt``; otherwise the instruction shows it.
-        markup: read markup such as ``<|turn>`` in all of these as control tokens, not as plain text.
-        seed: 0 to 2^64 - 1; by default a fresh one, which the result tells.
-        batch: see :func:`~mlx_diffgemma.backends.rows_in_pass`; ``fast`` writes up to 8 lengths in one pass.
-        options: fields of :class:`~mlx_diffgemma.config.GenerationConfig`, but for ``max_new_tokens``.
+        raw: do not use the chat template. Text after the last hole that does not fit into its canvas is then an error, as it is
+            with a ``prompt``. Without ``raw`` and ``prompt``, the instruction contains that text.
+        markup: read markup such as ``<|turn>`` in all these texts as control tokens, not as plain text.
+        seed: 0 to 2^64 - 1. By default a fresh seed; the result has it.
+        batch: see :func:`~mlx_diffgemma.backends.rows_in_pass`. ``fast`` writes up to 8 candidates in one pass.
+        options: fields of :class:`~mlx_diffgemma.config.GenerationConfig` except ``max_new_tokens``.
 
     Raises:
         InputError: before anything is computed.
@@ -256,9 +257,9 @@ def fill(
     """Fill the holes of a template of token ids.
 
     Args:
-        template: known tokens and holes in order, at least one token before the first hole.
-        config: its ``max_new_tokens`` does not count. An end token ends its hole, and the text goes on with what is known.
-        seed: 0 to 2^64 - 1; the same for all candidates.
+        template: known tokens and holes in order, with at least one token before the first hole.
+        config: its ``max_new_tokens`` is ignored. An end token ends its hole, and the text continues with the known tokens.
+        seed: 0 to 2^64 - 1. All candidates use the same seed.
         batch: as in :func:`infill`.
 
     Returns:
@@ -270,7 +271,9 @@ def fill(
     frame = frame or Frame()
     holes, known = _split(template)
     if not 0 <= frame.in_canvas < len(known[0]):
-        raise InputError(f"in_canvas must leave one of the {len(known[0])} tokens before the first hole, got {frame.in_canvas}")
+        raise InputError(
+            f"in_canvas must be less than {len(known[0])}, the number of tokens before the first hole, got {frame.in_canvas}"
+        )
     first = len(known[0]) - frame.in_canvas
     prefix, lead, tail = known[0][:first], known[0][first:], known[-1]
     length = config.canvas_length or backend.config.canvas_length
@@ -279,8 +282,8 @@ def fill(
     room = total - longest
     if len(tail) > room and not frame.tail_in_prompt:
         raise InputError(
-            f"too many tokens after the last hole: {len(tail)}, of which {room} fit behind it into its canvas of {length}; "
-            f"shorten the text after the hole, or have the prompt show it"
+            f"there are {len(tail)} tokens after the last hole, but its canvas of {length} has room for {room}; "
+            f"shorten the text after the hole, or leave out prompt and raw"
         )
     config, ends = config.replace(max_new_tokens=total, eos_token_ids=()), config.eos_token_ids
     check_tokens(np.array(list(chain(*known))), backend.config)
@@ -300,7 +303,7 @@ def fill(
             written_holes = [tokens[span].tolist() for span in spans]
             kept = [up_to_end(hole, ends) for hole in written_holes]
             text = [*lead, *_laid_out(kept, [*known[1:-1], compared])]
-            if not compared:  # nothing tells that the text ends but the token that ends it
+            if not compared:  # only an end token can then say that the text ends
                 text += [token for token in written_holes[-1] if token in ends][:1]
             scored = [logprobs[span][: len(hole) + 1] for span, hole in zip(spans, kept, strict=True)]  # with the end token
             candidates.append(
@@ -316,7 +319,7 @@ def fill(
 
 
 def _split(template: Sequence[Sequence[int] | Hole]) -> tuple[list[Hole], list[list[int]]]:
-    """The holes, and the known tokens before, between and behind them: one list more than there are holes."""
+    """The holes, and the known tokens before, between and after them: one list more than there are holes."""
     holes: list[Hole] = []
     known: list[list[int]] = [[]]
     for part in template:
@@ -332,18 +335,18 @@ def _split(template: Sequence[Sequence[int] | Hole]) -> tuple[list[Hole], list[l
     count = prod(hole.most - hole.least + 1 for hole in holes)
     if count > MAX_CANDIDATES:
         raise InputError(
-            f"the holes have {count} combinations of lengths, and {MAX_CANDIDATES} are tried at most; say how long they are"
+            f"the holes have {count} combinations of lengths, more than the {MAX_CANDIDATES} that are tried; narrow their lengths"
         )
     return holes, known
 
 
 def _laid_out(holes: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> list[int]:
-    """Holes, each followed by what is known behind it."""
+    """The holes, each followed by the known tokens after it."""
     return [token for pair in zip(holes, known, strict=True) for part in pair for token in part]
 
 
 def _spans(lengths: Sequence[int], known: Sequence[Sequence[int]], start: int) -> list[slice]:
-    """Where the holes, each followed by what is known behind it, lie in the new text; the first one at ``start``."""
+    """The places of the holes in the new text. The first hole is at ``start``, and known tokens follow each hole."""
     spans = []
     for length, behind in zip(lengths, known, strict=True):
         spans.append(slice(start, start + length))
@@ -364,10 +367,10 @@ def _denoise(
     seed: int,
     batch: str,
 ) -> list[tuple[NDArray[np.int32], NDArray[np.float32], int]]:
-    """What the model writes into templates [P] after the shared cache.
+    """Let the model write into templates [P] after the shared cache.
 
     Returns:
-        For each its tokens [P], the denoiser's log-probabilities of them [P], and denoising steps.
+        For each template its tokens [P], the denoiser's log-probabilities of the tokens [P], and the number of denoising steps.
     """
     nothing = np.empty(0, np.int32)
     texts = [Text(nothing, seed, shared.fork(), frozen) for frozen in templates]
@@ -378,7 +381,7 @@ def _denoise(
             cache = texts[index].cache
             assert cache is not None
             blocks[index].append(event)
-            logprobs[index] += backend.score_canvas([Row(event.tokens, cache, 1.0)])  # the cache holds what is before this block
+            logprobs[index] += backend.score_canvas([Row(event.tokens, cache, 1.0)])  # this block is not in the cache yet
     return [
         (np.concatenate([block.tokens for block in written]), np.concatenate(scored), sum(block.steps for block in written))
         for written, scored in zip(blocks, logprobs, strict=True)

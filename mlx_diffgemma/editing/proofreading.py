@@ -1,7 +1,7 @@
-"""Proofreading: the tokens of a text that the model would have written otherwise. Experimental.
+"""Proofreading: finds the tokens of a text that the model would have written differently. Experimental.
 
-A canvas at a time, as it is: no token is replaced, and one denoising pass says what should be where, for errors look like the
-noise that the model was trained to remove. The causal pass over the same tokens is the second opinion.
+The text is put into canvases unchanged, and one denoising pass per canvas says which token should be at each position. This works
+because errors look like the noise that the model was trained to remove. A causal pass over the same tokens is a second opinion.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from mlx_diffgemma.prefix_cache import read
 from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
 from mlx_diffgemma.sampler import check_lengths
 
-#: The user's turn of the chat in which a text is proofread, where no prompt is given.
+#: The user's turn of the chat in which a text is proofread, if no prompt is given.
 INSTRUCTION = "Write the following text again without its mistakes, and nothing else.\n\n{text}"
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """A token that the model would have written otherwise.
+    """A token that the model would have written differently.
 
     Attributes:
-        start, end: the characters of the text that it lies in.
+        start, end: the characters of the text that the token lies in.
         text: these characters.
-        suggestion: what the model would write for this token.
-        canvas_logprob: log-probability of the token where the denoiser sees the whole canvas, the token included; nats.
-        causal_logprob: log-probability of the token after those before it; nats.
+        suggestion: the text that the model would write for this token.
+        canvas_logprob: log-probability of the token when the denoiser sees the whole canvas, including the token; nats.
+        causal_logprob: log-probability of the token given the tokens before it; nats.
     """
 
     start: int
@@ -58,11 +58,12 @@ def proofread(
     markup: bool = False,
     canvas_length: int | None = None,
 ) -> list[Doubt]:
-    """The tokens of a text that the model doubts, the most doubtful first. Experimental.
+    """Find the tokens of a text that the model doubts, the most doubtful first. Experimental.
 
-    A token is doubted where the denoiser, which sees the text as it stands, finds another one likelier in its place. How much it
-    is doubted is minus its log-probability from the denoiser and from the causal model. How well that finds errors depends on the
-    model, and on the text being like those it was trained on; a doubt is no proof, and an error that is likely is not found.
+    A token is doubted if the denoiser, which sees the unchanged text, finds another token more likely in its place. The size of
+    the doubt is minus the sum of its log-probabilities from the denoiser and from the causal model. How well this finds errors
+    depends on the model, and on whether the text is like the texts it was trained on. A doubt is no proof, and likely errors are
+    not found.
 
     Args:
         prompt, system, raw, markup: as in :func:`~mlx_diffgemma.editing.infilling.infill`.
@@ -95,16 +96,16 @@ def second_look(
     ending: Sequence[int] = (),
     rule: PieceRule | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """What the model thinks of each of ``tokens`` int32 [N] after ``prompt`` [M].
+    """The opinions of the denoiser and of the causal model on each of ``tokens`` int32 [N] after ``prompt`` [M].
 
     Args:
-        ending: what follows the tokens, its last token up to the end of the last canvas. Where it is empty, the last canvas
-            is as short as what is left.
-        rule: where the prompt is cut into pieces; by default nothing is known of it.
+        ending: the tokens after the text. Its last token is repeated up to the end of the last canvas. If it is empty, the last
+            canvas has only the tokens that are left.
+        rule: cuts the prompt into pieces. By default a rule without end tokens and reply starts.
 
     Returns:
-        The denoiser's likeliest tokens int32 [N], and the log-probabilities of the given ones, nats, float32 [N]: the denoiser's,
-        which sees the whole canvas, and the causal model's.
+        The denoiser's most likely tokens int32 [N], and two log-probabilities of the given tokens, float32 [N], nats: from the
+        denoiser, which sees the whole canvas, and from the causal model.
 
     Raises:
         InputError: before anything is computed.

@@ -1,11 +1,12 @@
-"""Revising: a text that is there already, as what the canvases begin with.
+"""Revising: rewrites a text. The canvases begin with the text itself, a draft, instead of random tokens.
 
-Each token of the draft is replaced by noise with probability ``strength`` (:func:`mlx_diffgemma.noise.replaced`), and the sampler
-begins with what that gives, block by block, on its usual schedule: the temperature of a first step, no self-conditioning, and
-what it is not sure of is renoised whether it was replaced or not. A block sees the draft of its own canvas only.
+Each token of the draft is replaced by noise with probability ``strength`` (:func:`mlx_diffgemma.noise.replaced`). The sampler
+then starts from the result, block by block, on its usual schedule: it begins with the temperature of a first step and without
+self-conditioning, and it renoises every position that it does not accept, replaced or not. A block sees only the draft of its own
+canvas.
 
-At strength 1 that is a cold start, equal to generating as many tokens with the same seed. Where nothing is replaced, as at
-strength 0, the draft comes back and the model is not run.
+At strength 1 the result equals generating as many tokens with the same seed. If no token is replaced, as at strength 0, the draft
+is returned and the model does not run.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from mlx_diffgemma.prompts import PieceRule, Prompt
 from mlx_diffgemma.sampler import FREE, Block, Text, block_diffusion, check_text
 from mlx_diffgemma.writing import fresh_seed
 
-#: The user's turn of the chat in which a text is revised, where no prompt is given.
+#: The user's turn of the chat in which a text is revised, if no prompt is given.
 INSTRUCTION = "Revise the following text. Write the revised text and nothing else.\n\n{text}"
 
 
@@ -39,9 +40,9 @@ class Revision:
     """A revised text.
 
     Attributes:
-        replaced: tokens of the draft that noise took the place of.
-        denoising_steps: of each block; none where nothing was replaced.
-        seed: with the text and the options, it gives the same revision again.
+        replaced: how many tokens of the draft were replaced by noise.
+        denoising_steps: how many steps each block took. Empty if no token was replaced.
+        seed: with the same text and options, it gives the same revision again.
     """
 
     text: str
@@ -51,20 +52,20 @@ class Revision:
 
 
 def check_strength(strength: float) -> None:
-    """Raise InputError unless ``strength`` is a probability."""
+    """Raise InputError unless ``strength`` is from 0 to 1."""
     if not 0 <= strength <= 1:
         raise InputError(f"strength must be a number from 0 to 1, got {strength!r}")
 
 
 def check_spans(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """Spans (start, end) of a text of ``length`` characters in order; raises InputError for what is outside or overlaps."""
+    """Sort spans (start, end) of a text of ``length`` characters. Raises InputError if one is outside it or overlaps another."""
     ordered = sorted((start, end) for start, end in spans)
     for start, end in ordered:
         if not 0 <= start < end <= length:
-            raise InputError(f"the span ({start}, {end}) does not lie in the text of {length} characters")
+            raise InputError(f"the span ({start}, {end}) is empty or outside the text of {length} characters")
     for (_, before), (start, end) in pairwise(ordered):
         if start < before:
-            raise InputError(f"the span ({start}, {end}) overlaps another one; join them")
+            raise InputError(f"the span ({start}, {end}) overlaps another span; join them")
     return ordered
 
 
@@ -82,14 +83,14 @@ def revise(
     seed: int | None = None,
     **options: Unpack[DenoisingOptions],
 ) -> Revision:
-    """Write a text again, beginning with the text itself; the module says how.
+    """Rewrite a text, starting from the text itself. The module's docstring says how.
 
     Args:
-        strength: 0 to 1, the probability with which noise replaces a token of the draft: 0 gives the text back, 1 writes
-            a new one, the same as generating from the prompt with this seed.
-        prompt: what the text answers, instead of the instruction; a text, a conversation or token ids.
-        keep: spans of characters (start, end) that stay as they are. An end token that the model writes before one ends what
-            it writes there, and the text goes on with the span.
+        strength: 0 to 1, the probability that noise replaces a token of the draft. 0 returns the text unchanged. 1 writes a new
+            text, the same as generating from the prompt with this seed.
+        prompt: the prompt that the text answers, instead of the instruction: a text, a conversation or token ids.
+        keep: spans of characters (start, end) that stay unchanged. If the model writes an end token before a span, its own text
+            ends there, and the text continues with the span.
         system, raw, markup, seed, options: as in :func:`~mlx_diffgemma.editing.infilling.infill`. A raw text keeps its number of
             tokens.
 
@@ -114,7 +115,7 @@ def revise(
     tokens, replaced, steps = rewrite(model.backend, original, config, strength=strength, seed=seed, rule=model.piece_rule)
     if (tokens == draft).all():
         return Revision(text, replaced, steps, seed)
-    starts[-1] = len(tokens)  # what is behind the text is part of its last piece
+    starts[-1] = len(tokens)  # the tokens after the text belong to its last piece
     revised = [
         piece if kept else model.tokenizer.decode(up_to_end(tokens[start:end].tolist(), config.eos_token_ids))
         for (piece, kept), start, end in zip(pieces, starts, starts[1:], strict=False)
@@ -127,9 +128,9 @@ class Original:
     """Token ids to revise.
 
     Attributes:
-        prompt: int32 [N], what comes before.
-        tokens: int32 [P].
-        keep: bool [P], tokens that stay as they are. Where there are any, an end token does not end the text.
+        prompt: int32 [N], the tokens before the text.
+        tokens: int32 [P], the tokens of the text.
+        keep: bool [P], which tokens stay unchanged. If there are any, an end token does not end the text.
     """
 
     prompt: NDArray[np.int32]
@@ -140,14 +141,14 @@ class Original:
 def rewrite(
     backend: Backend, draft: Original, config: GenerationConfig, *, strength: float, seed: int, rule: PieceRule | None = None
 ) -> tuple[NDArray[np.int32], int, tuple[int, ...]]:
-    """Write a draft of token ids again.
+    """Rewrite a draft of token ids.
 
     Args:
-        config: its ``max_new_tokens`` does not count.
-        rule: where the prompt is cut into pieces; by default nothing is known of it.
+        config: its ``max_new_tokens`` is ignored.
+        rule: cuts the prompt into pieces. By default a rule without end tokens and reply starts.
 
     Returns:
-        Tokens int32 [P], padded behind the end; how many were replaced; denoising steps of each block.
+        Tokens int32 [P], padded after the end; how many tokens were replaced; the denoising steps of each block.
 
     Raises:
         InputError: before anything is computed.
@@ -172,7 +173,7 @@ def rewrite(
 
 
 def _pieces(text: str, keep: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """The text in pieces that are kept and pieces that are not; the last one is not, and may be empty."""
+    """Split the text into pieces, and say which are kept. The last piece is not kept and may be empty."""
     pieces, end = [], 0
     for start, stop in keep:
         pieces += [(text[end:start], False), (text[start:stop], True)]

@@ -1,1 +1,1 @@
-"""What a checkpoint is, how fast it runs, what a conversion costs, and whether the backends agree."""
+"""Reports on a checkpoint: its contents, its speed, the cost of a conversion, and whether the backends agree."""

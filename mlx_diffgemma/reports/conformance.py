@@ -1,12 +1,12 @@
-"""Conformance: does every backend compute the same thing from one checkpoint?
+"""Conformance: checks whether backends compute the same results from one checkpoint.
 
-Each backend answers the same questions about the same random tokens. One of them is the baseline; it may be `transformers`
-itself (:data:`REFERENCE`). The questions, in this order, lead from the weights to the text, so that the first wrong answer tells
-where to look: a causal pass over a prompt; a canvas after it; the canvas of the next step, which is fed the first one's
-self-conditioning; a canvas in the next block, after one that was committed; and a short text by the one sampler.
+Each backend runs the same passes over the same random tokens. One backend is the baseline, which may be `transformers` itself
+(:data:`REFERENCE`). The passes go from simple to complex, so the first pass that differs shows where to look: a causal pass over
+a prompt; a canvas after the prompt; the canvas of the next step, with the self-conditioning of the first step; a canvas in the
+next block, after a committed block; and a short text, written by the sampler that all backends share.
 
-Models are loaded one after the other. The logits of the baseline are kept meanwhile, at each position of the prompt and of three
-canvases: 168 MB by default at the released model's vocabulary of 262,144.
+Models are loaded one after the other. The logits of the baseline stay in memory, for each position of the prompt and of three
+canvases: 168 MB by default with the released model's vocabulary of 262,144.
 """
 
 import gc
@@ -29,27 +29,29 @@ from mlx_diffgemma.sampler import Block, Draft, Text, block_diffusion, check_see
 #: The name of the backend that is `transformers` on the CPU.
 REFERENCE = "reference"
 
-#: Largest difference of float32 logits, absolute, after the softcap.
+#: The largest absolute difference of float32 logits, after the softcap.
 TOLERANCE = 1e-4
 
-#: Bound of the Kullback-Leibler divergence in bfloat16, in nats, of the median over a pass's positions. The mean would not do:
-#: where two experts are all but equally likely, rounding sends a token to the other one, and a few positions part by far more.
+#: In bfloat16, the median over a pass's positions of the Kullback-Leibler divergence must be below this, in nats. The mean would
+#: not
+#: be useful: if two experts are almost equally likely, rounding sends a token to the other one, and a few positions differ far
+#: more.
 BFLOAT16_KL = 1e-2
 
-BLOCKS, STEPS = 2, 4  # of the short text
+BLOCKS, STEPS = 2, 4  # blocks of the short text, and denoising steps per block
 
 
 @dataclass(frozen=True)
 class PassComparison:
-    """One pass through the model, beside the baseline's.
+    """One pass through the model, compared with the baseline's.
 
     Attributes:
-        name: which.
-        max_abs, mean_abs: of the difference of the logits after the softcap, over positions and tokens.
-        mean_kl, median_kl: over positions, of KL(baseline || backend) of the softmax of the logits, in nats.
-        same_argmax: share of the positions whose most likely token is the same, 0 to 1.
-        states: of the hidden states after the embedding (and the self-conditioning), each layer and the final norm: the RMS of
-            the difference over the RMS of the baseline's.
+        name: the name of the pass.
+        max_abs, mean_abs: largest and mean absolute difference of the logits after the softcap, over positions and tokens.
+        mean_kl, median_kl: mean and median over positions of KL(baseline || backend) of the softmax of the logits, in nats.
+        same_argmax: share of the positions with the same most likely token, 0 to 1.
+        states: one number per hidden state (after the embedding and the self-conditioning, after each layer, after the final
+            norm): the RMS of the difference divided by the RMS of the baseline's state.
     """
 
     name: str
@@ -63,13 +65,13 @@ class PassComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A backend beside the baseline.
+    """A backend compared with the baseline.
 
     Attributes:
         entropy: largest difference of a position's entropy in the text's first denoising step, in nats.
-        tokens: how many were written.
-        different_tokens: how many of them are not the baseline's.
-        first_different: the position of the first such token, None where there is none.
+        tokens: how many tokens were written.
+        different_tokens: how many of them differ from the baseline's.
+        first_different: the position of the first token that differs. None if all are the same.
     """
 
     backend: str
@@ -83,7 +85,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found. ``baseline`` and each :attr:`Comparison.backend` are named as they were asked for."""
+    """The result of :func:`verify`. ``baseline`` and :attr:`Comparison.backend` are the names that the caller gave."""
 
     checkpoint: Path
     baseline: str
@@ -95,21 +97,21 @@ class Report:
     comparisons: tuple[Comparison, ...]
 
     def problems(self) -> list[str]:
-        """What is out of tolerance, a line a backend; empty where all is well.
+        """The problems that were found, at most one line per backend. Empty if all backends agree.
 
-        In float32 the logits of every pass must be within ``tolerance`` of the baseline's, and the tokens the same. In bfloat16
-        the median divergence must be below :data:`BFLOAT16_KL`; tokens then differ now and then, and are not judged.
+        In float32, the logits of every pass must be within ``tolerance`` of the baseline's, and the tokens must be the same. In
+        bfloat16, the median divergence must be below :data:`BFLOAT16_KL`. Tokens may then differ and are not checked.
         """
         return [f"{each.backend}: {problem}" for each in self.comparisons if (problem := self._problem(each))]
 
     def _problem(self, comparison: Comparison) -> str | None:
-        for one in comparison.passes:  # written so that NaN is a problem
+        for one in comparison.passes:  # the comparisons are written so that NaN is a problem
             if self.dtype == "float32" and not one.max_abs <= self.tolerance:
                 wrong = f"logits of the {one.name} differ by {one.max_abs:.1e}, more than {self.tolerance:.0e}"
                 state = next((index for index, value in enumerate(one.states) if not value <= self.tolerance), None)
                 if state is None:
                     return f"{wrong}; the hidden states agree, so look at the output head"
-                return f"{wrong}; the first hidden state to differ: {state_names(len(one.states))[state]}"
+                return f"{wrong}; the first hidden state that differs: {state_names(len(one.states))[state]}"
             if self.dtype != "float32" and not one.median_kl < BFLOAT16_KL:
                 return f"median KL of the {one.name} is {one.median_kl:.1e} nats, not below {BFLOAT16_KL:.0e}"
         if self.dtype == "float32" and comparison.different_tokens:
@@ -119,7 +121,7 @@ class Report:
 
 
 def state_names(count: int) -> list[str]:
-    """Names of the ``count`` hidden states of :attr:`PassComparison.states`."""
+    """The names of the ``count`` hidden states in :attr:`PassComparison.states`."""
     return ["embedding", *(f"layer {layer}" for layer in range(count - 2)), "final norm"]
 
 
@@ -137,23 +139,23 @@ def verify(
     """Compare backends on a checkpoint.
 
     Args:
-        backends: ``mlx``, ``torch`` or :data:`REFERENCE`; ``:DEVICE`` behind it (``torch:cpu``) if not on its default device.
-        against: the baseline; by default the first of ``backends``.
-        dtype: float32, in which backends must agree, or bfloat16, in which they can only be near.
-        prompt_length: tokens; by default 8 more than the sliding window, and at most 64.
-        canvas_length: tokens; by default the model's, and at most 32.
-        seed: of the random tokens and of the sampler.
+        backends: ``mlx``, ``torch`` or :data:`REFERENCE`. Add ``:DEVICE`` for another device than the default (``torch:cpu``).
+        against: the baseline. By default the first of ``backends``.
+        dtype: float32, in which backends must agree, or bfloat16, in which they agree only approximately.
+        prompt_length: tokens. By default 8 more than the sliding window, but at most 64.
+        canvas_length: tokens. By default the model's canvas length, but at most 32.
+        seed: the seed of the random tokens and of the sampler.
         tolerance: see :meth:`Report.problems`.
 
     Raises:
-        InputError: before a model is loaded. CheckpointError, BackendError: as :func:`mlx_diffgemma.backends.load_backend`.
+        InputError: before a model is loaded. CheckpointError, BackendError: as in :func:`mlx_diffgemma.backends.load_backend`.
     """
-    baseline, *others = dict.fromkeys(backends if against is None else [against, *backends])  # each once
+    baseline, *others = dict.fromkeys(backends if against is None else [against, *backends])  # without duplicates
     for name in (baseline, *others):
         if name.partition(":")[0] not in (*NAMES, REFERENCE):
             raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)} and {REFERENCE}")
     if not others:
-        raise InputError(f"nothing to compare {baseline} with; name another backend, or {REFERENCE}")
+        raise InputError(f"there is nothing to compare {baseline} with; name another backend, or {REFERENCE}")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     inputs = _Inputs.make(checkpoint, prompt_length, canvas_length, seed)
@@ -185,7 +187,7 @@ class _Inputs(NamedTuple):
         length = min(model.canvas_length, 32) if canvas_length is None else canvas_length
         if not 1 <= length <= model.canvas_length:
             raise InputError(f"canvas_length must be 1 to {model.canvas_length}, the model's own, got {length}")
-        # No token ends the text and no canvas is ever sure enough: the same amount is written everywhere.
+        # No token ends the text, and no canvas is ever sure enough to stop: every backend writes the same number of tokens.
         config = checkpoint.generation.replace(
             max_new_tokens=BLOCKS * length,
             max_denoising_steps=STEPS,
@@ -211,11 +213,11 @@ def _load(checkpoint: Checkpoint, spec: str, dtype: str) -> Backend:
     if name != REFERENCE:
         return load_backend(checkpoint, name, device=device or None, dtype=dtype)
     if device not in ("", "cpu"):
-        raise InputError(f"the {REFERENCE} runs on the cpu only, not on {device!r}")
+        raise InputError(f"the {REFERENCE} backend runs on the cpu only, not on {device!r}; leave out the device")
     try:
         reference = importlib.import_module("mlx_diffgemma.backends.torch.reference")
     except ImportError:
-        raise BackendError("the reference needs torch; try: pip install torch") from None
+        raise BackendError("the reference backend needs torch; try: pip install torch") from None
     backend: Backend = reference.load(checkpoint, dtype=dtype)
     return backend
 
@@ -227,7 +229,7 @@ class _Answer(NamedTuple):
 
 
 def _passes(backend: Backend, inputs: _Inputs) -> Iterator[_Answer]:
-    """The passes in order, each when it is asked for."""
+    """The passes in order. Each runs when it is requested."""
     cache = backend.new_cache()
     first, second, third = inputs.canvases
 
@@ -288,7 +290,7 @@ def _difference(right: _Answer, answer: _Answer) -> PassComparison:
 
 
 def _kl(right: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """KL(right || other) of the softmax of two rows of logits [V], in nats; in float64."""
+    """KL(right || other) of the softmax of two rows of logits [V], in nats. Computed in float64."""
     log_p, log_q = (_log_softmax(row.astype(np.float64)) for row in (right, other))
     return float((np.exp(log_p) * (log_p - log_q)).sum())
 

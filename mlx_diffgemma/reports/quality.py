@@ -1,18 +1,18 @@
-"""What a conversion costs: a model beside the one it was made from.
+"""The cost of a conversion: compares a converted model, the target, with the source that it was made from.
 
-The two answer the same questions about the same text: a prefix, and the canvas that follows it.
+Both models run on the same text, which is a prefix and the canvas that follows it:
 
 - The causal pass over the prefix.
-- The canvas, a share of whose tokens is replaced by random ones: what the model sees from the middle of denoising (much noise) to
-  its end (little). Once without self-conditioning, as in a block's first step, and once with what the model itself makes of that
-  canvas in a first step.
-- The denoising steps that the sampler takes for the block after the prefix. Quantized logits are less sure, and
-  take more.
+- The canvas, with a share of its tokens replaced by random ones, as the model sees it from the middle of denoising (much noise)
+  to the end (little noise). Each canvas runs twice: without self-conditioning, as in a block's first step, and with the
+  self-conditioning that the model itself makes from that canvas in a first step.
+- The number of denoising steps that the sampler takes for the block after the prefix. Quantized logits are less sure, so they
+  take more steps.
 
-Kullback-Leibler divergences are of the softmax of the logits after the softcap, without temperature.
+The Kullback-Leibler divergences compare the softmax of the logits after the softcap, without temperature.
 
-Models are loaded one after the other. Of each pass the source's log-probabilities are kept meanwhile at as many positions, evenly
-spaced, as fit :data:`KEPT_BYTES`: 64 positions, and 0.74 GB in all eleven passes, with a vocabulary of 262,144.
+Models are loaded one after the other. The source's log-probabilities of each pass stay in memory, at as many evenly spaced
+positions as fit into :data:`KEPT_BYTES`: 64 positions, and 0.74 GB in all eleven passes, with a vocabulary of 262,144.
 """
 
 import gc
@@ -30,26 +30,26 @@ from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.sampler import Block, Text, block_diffusion
 
-#: Tenths of a canvas's tokens that are replaced.
+#: How many tenths of a canvas's tokens are replaced by random ones.
 NOISE_TENTHS = (1, 3, 5, 7, 9)
-#: Log-probabilities kept of one pass.
+#: The most bytes of log-probabilities that are kept of one pass.
 KEPT_BYTES = 64 << 20
-#: Canvases of text: all but the last one are the prefix, together with the text's first token.
+#: How many canvases of text are used. The text's first token and all canvases but the last one are the prefix.
 CANVASES = 2
-#: Blocks that are written for the count of denoising steps, with the seeds from 0.
+#: The seeds of the blocks in which denoising steps are counted.
 SEEDS = range(4)
 
 
 @dataclass(frozen=True)
 class PassDivergence:
-    """One pass of the target beside the source's.
+    """One pass of the target, compared with the source's.
 
     Attributes:
-        noise: share of the canvas's tokens that were replaced, 0 to 1; None for the causal pass.
-        self_conditioning: whether the canvas had it.
-        positions: how many were compared.
-        kl: KL(source || target) in nats, the mean over these positions.
-        same_argmax: share of the positions whose most likely token is the same, 0 to 1.
+        noise: share of the canvas's tokens that were replaced, 0 to 1. None for the causal pass.
+        self_conditioning: whether the pass had self-conditioning.
+        positions: how many positions were compared.
+        kl: the mean over these positions of KL(source || target), in nats.
+        same_argmax: share of the positions with the same most likely token, 0 to 1.
     """
 
     noise: float | None
@@ -61,13 +61,13 @@ class PassDivergence:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What :func:`measure` found.
+    """The result of :func:`measure`.
 
     Attributes:
-        backend, device, dtype: what ran both.
-        prefix_length, canvas_length: tokens of the text.
-        given: how many of these were given; the source wrote the others.
-        source_steps, target_steps: denoising steps of the block after the prefix, one count a seed.
+        backend, device, dtype: what both models ran on.
+        prefix_length, canvas_length: tokens of the prefix and of the canvas.
+        given: how many of these tokens were given. The source wrote the others.
+        source_steps, target_steps: denoising steps of the block after the prefix, one count per seed.
     """
 
     backend: str
@@ -81,7 +81,7 @@ class Measurement:
     target_steps: tuple[int, ...]
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A table of the passes, its head first."""
+        """A table of the passes. The first row is its header."""
         rows: list[tuple[str, ...]] = [("pass", "self-conditioning", "positions", "KL, nats", "same argmax")]
         for one in self.passes:
             name = "causal" if one.noise is None else f"canvas, {one.noise:.0%} noise"
@@ -116,17 +116,18 @@ def measure(
     """Compare ``target`` with the ``source`` it was converted from.
 
     Args:
-        text: int32 [N], with its beginning-of-text token first. One token and :data:`CANVASES` canvases are used of it; where it
-            has fewer, it is cut to one token and whole canvases, and the source writes the others, end tokens not ending them.
-        backend, device, dtype: as in :func:`mlx_diffgemma.backends.load_backend`, for both.
+        text: int32 [N], beginning with the beginning-of-text token. One token and :data:`CANVASES` canvases of it are used. A
+            shorter text is cut to one token and whole canvases, and the source writes the missing ones, in which end tokens end
+            nothing.
+        backend, device, dtype: as in :func:`mlx_diffgemma.backends.load_backend`, for both models.
 
     Raises:
-        InputError: before a model is loaded. CheckpointError, BackendError: as load_backend.
+        InputError: before a model is loaded. CheckpointError, BackendError: as in load_backend.
     """
     begin = _beginning(source, text)
     if (source.config.vocab_size, source.config.canvas_length) != (target.config.vocab_size, target.config.canvas_length):
-        raise InputError(f"{target.folder} is no conversion of {source.folder}: vocabulary or canvas length differ")
-    # No end token: the same amount is written whatever the text says.
+        raise InputError(f"{target.folder} is not a conversion of {source.folder}: the vocabulary or the canvas length differs")
+    # Without end tokens, the number of tokens written does not depend on the text.
     config = source.generation.replace(eos_token_ids=(), canvas_length=source.config.canvas_length)
 
     model = load_backend(source, backend, device=device, dtype=dtype)
@@ -150,11 +151,11 @@ def measure(
 
 
 def _beginning(checkpoint: Checkpoint, text: NDArray[np.int32]) -> NDArray[np.int32]:
-    """What is used of a text [N]: one token and whole canvases."""
+    """The part of a text [N] that is used: one token and whole canvases."""
     check_tokens(text, checkpoint.config)
     canvases = _canvases(checkpoint.config)
     if not canvases:
-        raise InputError("the model's context is too short to measure: it must hold one token and a canvas")
+        raise InputError("the model's context is too short to measure: it must have room for one token and a canvas")
     length = checkpoint.config.canvas_length
     return text[: 1 + min((len(text) - 1) // length, canvases) * length]
 
@@ -185,7 +186,7 @@ class _Answer(NamedTuple):
 
 
 def _answers(backend: Backend, inputs: _Inputs, config: GenerationConfig) -> Iterator[_Answer]:
-    """The passes in order, each when it is asked for."""
+    """The passes in order. Each runs when it is requested."""
     cache = backend.new_cache()
     yield _Answer(None, False, _log_softmax(backend.logits([Piece(inputs.prefix, cache)])[0]))
     length, vocab_size = len(inputs.canvas), backend.config.vocab_size
@@ -199,7 +200,7 @@ def _answers(backend: Backend, inputs: _Inputs, config: GenerationConfig) -> Ite
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of logits [L, V], at the positions that are kept [positions, V]; sums are in float64."""
+    """Log-softmax of logits [L, V], at the kept positions [positions, V]. Sums are in float64."""
     length, vocab_size = logits.shape
     count = min(length, KEPT_BYTES // (4 * vocab_size))
     rows: NDArray[np.float32] = logits[np.linspace(0, length - 1, count).round().astype(int)]

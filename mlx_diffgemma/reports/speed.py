@@ -1,7 +1,7 @@
-"""How fast one backend runs one checkpoint: the causal pass over a prompt, a denoising step, a causal token, a text as a whole.
+"""Speed: measures one backend on one checkpoint: the causal pass over a prompt, a denoising step, a causal token, a whole text.
 
-All is random tokens from one seed, so that a run can be repeated. A trained model is not at its best on them: a canvas after a
-random prompt settles late or never. The prompt and the step take as long as on real text, whose tokens per second are higher.
+All tokens are random, from one seed, so a run can be repeated. A canvas after a random prompt settles late or never. The prompt
+and the step take as long as with real text, but real text gives more tokens per second.
 """
 
 import importlib.metadata
@@ -29,10 +29,10 @@ from mlx_diffgemma.prompts import chunks
 from mlx_diffgemma.sampler import Block, Text, block_diffusion, check_seed
 from mlx_diffgemma.writing import Statistics, statistics
 
-#: Random prompt tokens, measurements of each thing, and runs before those that count, unless other numbers are asked for.
+#: Defaults: random prompt tokens, measured runs of each thing, and runs before the measured ones.
 PROMPT_LENGTH, REPEATS, WARMUP = 512, 5, 1
 
-#: Tokens per denoising step that the two modes are compared at.
+#: The numbers of tokens per denoising step at which the two modes are compared.
 TOKENS_PER_FORWARD = (1, 4, 16, 64)
 
 _PACKAGES = ("mlx-diffgemma", "mlx", "torch", "triton", "numpy")
@@ -40,7 +40,7 @@ _PACKAGES = ("mlx-diffgemma", "mlx", "torch", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what a figure was measured. ``gpu`` is the first one by NVIDIA; ``date`` is in UTC."""
+    """The machine and the software of a measurement. ``gpu`` is the first NVIDIA GPU; ``date`` is in UTC."""
 
     cpu: str
     gpu: str | None
@@ -68,7 +68,7 @@ class Machine:
 
 
 def _cpu() -> str:
-    """The processor's name; on Apple silicon it names the GPU too."""
+    """The processor's name. On Apple silicon it also identifies the GPU."""
     if sys.platform == "darwin":
         return _first_line("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
     try:
@@ -79,7 +79,7 @@ def _cpu() -> str:
 
 
 def _first_line(*command: str) -> str | None:
-    """What a program says first, None where there is no such program or it fails."""
+    """The first line of a program's output. None if the program does not exist or fails."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
@@ -101,7 +101,7 @@ class Spread:
 
 
 class Choice(NamedTuple):
-    """Tokens per second of either mode where a denoising step settles ``tokens_per_forward`` tokens."""
+    """Tokens per second of each mode, if a denoising step settles ``tokens_per_forward`` tokens."""
 
     tokens_per_forward: int
     diffusion: float
@@ -109,22 +109,22 @@ class Choice(NamedTuple):
 
     @property
     def mode(self) -> str:
-        """The faster one."""
+        """The faster mode."""
         return "diffusion" if self.diffusion > self.causal else "causal"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What :func:`bench` measured.
+    """The result of :func:`bench`.
 
     Attributes:
         prefill: prompt tokens per second of the causal pass.
-        step: seconds of one denoising step of a whole canvas after that prompt, the sampler's decisions left out.
-        commit: seconds of the causal pass that puts a canvas behind that prompt into the cache.
-        token: seconds of one token of the causal mode behind that prompt, its choice included.
-        text: a text of ``text.new_tokens`` tokens after that prompt.
-        peak_rss: the process's largest resident memory in bytes, the loading included; None where the system does not tell.
-        peak_device_memory: the most that the framework held on its device, in bytes; None where it keeps no count.
+        step: seconds of one denoising step of a whole canvas after that prompt, without the sampler's decisions.
+        commit: seconds of the causal pass that puts a canvas after that prompt into the cache.
+        token: seconds of one token of the causal mode after that prompt, including its choice.
+        text: statistics of a text of ``text.new_tokens`` tokens after that prompt.
+        peak_rss: the process's largest resident memory in bytes, including loading. None if the system does not report it.
+        peak_device_memory: the most bytes that the framework held on its device. None if it does not count them.
     """
 
     machine: Machine
@@ -144,10 +144,9 @@ class Benchmark:
     peak_device_memory: int | None
 
     def choices(self) -> list[Choice]:
-        """Which mode is faster here, by the tokens that a denoising step settles; from the medians.
+        """Which mode is faster here, by the number of tokens that a denoising step settles. Computed from the medians.
 
-        How many it settles is a matter of the text, and of the model. A canvas of L tokens takes L / tokens_per_forward steps and
-        one commit.
+        That number depends on the text and on the model. A canvas of L tokens takes L / tokens_per_forward steps and one commit.
         """
         length = self.canvas_length
         return [
@@ -169,11 +168,11 @@ def bench(
     """Measure a loaded model.
 
     Args:
-        config: how the text is sampled. No token ends it: ``config.max_new_tokens`` are written.
+        config: how to sample the text. No token ends the text, so ``config.max_new_tokens`` tokens are written.
         prompt_length: random tokens before the canvas.
-        repeats: of the prompt, the step, the commit and the causal token; the text is written once.
-        warmup: runs of each before those that count.
-        seed: of the random tokens and of the sampler.
+        repeats: measured runs of the prompt, the step, the commit and the causal token. The text is written once.
+        warmup: runs of each before the measured ones.
+        seed: the seed of the random tokens and of the sampler.
 
     Raises InputError before anything is computed.
     """
@@ -185,14 +184,14 @@ def bench(
     length = config.canvas_length or model.canvas_length
     prompt = noise.canvas_tokens(seed, 0, 0, prompt_length, model.vocab_size)
     canvas = noise.canvas_tokens(seed, 1, 0, length, model.vocab_size)
-    # These two check the lengths, and compute nothing before they are read.
+    # These two calls check the lengths. They compute nothing until they are iterated.
     text = block_diffusion(backend, Text(prompt, seed), config.replace(eos_token_ids=()))
     alone = CausalConfig.from_generation(config).replace(max_new_tokens=1 + warmup + repeats, eos_token_ids=())
     tokens = causal(backend, Text(prompt, seed), alone)
 
     prefill, commit = _encode_seconds(backend, prompt, canvas, repeats, warmup)
     steps = _step_seconds(backend, prompt, canvas, config, seed, repeats, warmup)
-    each_token = [token.seconds for token in tokens][1 + warmup :]  # the first one's pass is the prompt's
+    each_token = [token.seconds for token in tokens][1 + warmup :]  # the first token's pass is that of the prompt
     blocks = [event for event in text if isinstance(event, Block)]
     return Benchmark(
         machine=Machine.this(),
@@ -216,7 +215,7 @@ def bench(
 def _encode_seconds(
     backend: Backend, prompt: NDArray[np.int32], canvas: NDArray[np.int32], repeats: int, warmup: int
 ) -> tuple[list[float], list[float]]:
-    """The causal pass over the prompt, and that over a canvas behind it."""
+    """Seconds of the causal pass over the prompt, and of that over a canvas after it."""
     both = []
     for _ in range(warmup + repeats):
         cache = backend.new_cache()
@@ -239,7 +238,7 @@ def _step_seconds(
     repeats: int,
     warmup: int,
 ) -> list[float]:
-    """Denoising steps of one canvas, each fed the self-conditioning of the one before."""
+    """Seconds of denoising steps of one canvas. Each step gets the self-conditioning of the step before."""
     cache = backend.new_cache()
     _encode(backend, prompt, cache)
     row = Row(canvas, cache, config.t_max, None if config.greedy else noise.sampling_key(seed, 1, 1))
@@ -263,4 +262,4 @@ def _peak_rss() -> int | None:
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its parameters by part and format, its size, and the memory it needs. Reads headers, no weights."""
+"""The summary of a checkpoint: its parameters by part and format, its size and the memory it needs. Reads headers only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ class StoredPart:
     """One part of a model as it is stored.
 
     Attributes:
-        format: of its weights, such as "BF16" or "affine 4-bit, groups of 64"; several are separated by "; ".
-        parameters: logical ones: a packed word counts for all the weights in it, scales and biases of groups for none.
-        nbytes: of everything stored for it.
+        format: the format of its weights, such as "BF16" or "affine 4-bit, groups of 64". Several formats are separated by "; ".
+        parameters: the number of weights. A packed word counts as all the weights in it; scales and biases of groups do not
+            count.
+        nbytes: the size of everything that is stored for the part, in bytes.
     """
 
     name: str
@@ -34,21 +35,22 @@ class StoredPart:
         return 8 * self.nbytes / self.parameters
 
 
-#: Arrays of float32 logits that a denoising step holds at once: measured with MLX; PyTorch takes one on a CPU.
+#: How many float32 arrays of logits a denoising step holds at once, measured with MLX. PyTorch on a CPU holds one.
 LOGITS_AT_ONCE = 12
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that running a checkpoint takes, for one text.
+    """The bytes that running a checkpoint takes, for one text.
 
     Attributes:
-        weights: of the text model: what is packed as it is stored, everything else in the dtype. The vision tower stays unread.
-        cache_per_token: keys and values of one committed position on the full-attention layers, which keep all of them.
-        cache_windows: those of the sliding layers, which keep the last ``sliding_window - 1`` positions, once these are full.
-        cache: all buffers of the context that was asked for, with the room behind it; each further text takes as much.
-        workspace: what a denoising step holds besides: :data:`LOGITS_AT_ONCE` of [canvas_length, vocab_size] in float32. A pass
-            of several canvases takes no more, since they are finished one by one.
+        weights: the text model. Packed weights count as stored, all others in the dtype. The vision tower is not read.
+        cache_per_token: keys and values of one committed position on the full-attention layers, which keep all positions.
+        cache_windows: keys and values of the sliding layers when they are full. They keep the last ``sliding_window - 1``
+            positions.
+        cache: all buffers of the requested context, including the room after it. Each further text takes as much again.
+        workspace: what a denoising step holds in addition: :data:`LOGITS_AT_ONCE` arrays of [canvas_length, vocab_size] in
+            float32. A pass of several canvases takes no more, because the canvases go through the output head one by one.
     """
 
     weights: int
@@ -67,10 +69,11 @@ class Summary:
     """A checkpoint in numbers.
 
     Attributes:
-        parts: in the order of ``checkpoint.PARTS``, then the norms; those that the checkpoint does not have are left out.
-        active_parameters: of the text model, those that one token passes through: of the experts, only the chosen ones.
-        context: committed positions that ``memory`` is reckoned for.
-        memory: by dtype.
+        parts: the parts in the order of ``checkpoint.PARTS``, then the norms. Parts that the checkpoint does not have are left
+            out.
+        active_parameters: how many parameters of the text model one token uses. Only the chosen experts count.
+        context: the number of committed positions that ``memory`` is computed for.
+        memory: the memory for each dtype.
     """
 
     config: ModelConfig
@@ -94,15 +97,16 @@ class Summary:
 
 
 def summarize(checkpoint: Checkpoint, context: int | None = None) -> Summary:
-    """Sum up a checkpoint, and the memory for ``context`` positions (by default 8,192, or as many as the model has).
+    """Summarize a checkpoint and the memory for ``context`` positions (by default 8,192, or the model's context if that is less).
 
-    Raises InputError where ``context`` is not within the model's, and CheckpointError where a part has scales and no weights.
+    Raises InputError if ``context`` is larger than the model's or below 1, and CheckpointError if a part has scales but no
+    weights.
     """
     config = checkpoint.config
     if context is None:
         context = min(8192, config.max_position_embeddings)
     if not 1 <= context <= config.max_position_embeddings:
-        raise InputError(f"context must lie between 1 and the model's {config.max_position_embeddings} tokens, got {context}")
+        raise InputError(f"context must be from 1 to the model's {config.max_position_embeddings} tokens, got {context}")
     by_part: dict[str, dict[str, Tensor]] = {name: {} for name in (*PARTS, NORMS)}
     for name, tensor in checkpoint.tensors.items():
         by_part[part_of(name)][name] = tensor
@@ -111,7 +115,7 @@ def summarize(checkpoint: Checkpoint, context: int | None = None) -> Summary:
     quantization = {**checkpoint.quantization, **vision_quantization}
     parts = tuple(_part(name, tensors, quantization) for name, tensors in by_part.items() if tensors)
     counts = {part.name: part.parameters for part in parts if part.name != "vision"}
-    # A token passes through the chosen experts, and of the embedding through all of it, as the output head.
+    # A token uses only the chosen experts, but the whole embedding, which is also the output head.
     idle = counts.get("experts", 0) * (config.num_experts - config.top_k_experts) // config.num_experts
     memory = {dtype: _memory(checkpoint, dtype, context) for dtype in DTYPES}
     return Summary(config, checkpoint.generation, parts, sum(counts.values()) - idle, context, memory)
@@ -130,7 +134,7 @@ def _part(name: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Q
             formats.add(str(packed))
             parameters += prod(tensor.shape) * 32 // packed.bits
     if not parameters:
-        raise CheckpointError(f"the weights of {name} are missing; only {', '.join(sorted(tensors))} are there")
+        raise CheckpointError(f"the weights of {name} are missing; only {', '.join(sorted(tensors))} are there; fetch them again")
     return StoredPart(name, "; ".join(sorted(formats)), parameters, sum(tensor.nbytes for tensor in tensors.values()))
 
 
@@ -140,7 +144,7 @@ def _memory(checkpoint: Checkpoint, dtype: str, context: int) -> Memory:
         tensor.nbytes if name.rpartition(".")[0] in checkpoint.quantization else prod(tensor.shape) * itemsize
         for name, tensor in checkpoint.tensors.items()
     )
-    position = {True: 0, False: 0}  # bytes of keys and values a position, on sliding layers and on full ones
+    position = {True: 0, False: 0}  # bytes of keys and values per position, on sliding layers and on full layers
     cache = 0
     for layer in config.layers:
         each = 2 * layer.num_key_value_heads * layer.head_dim * itemsize

@@ -1,4 +1,4 @@
-"""One backend for many requests: what each of them sees of it, and how their calls are performed together."""
+"""One backend for many requests: the backend that each request sees, and how several calls become one pass."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +14,16 @@ from mlx_diffgemma.backends import Backend, Cache, Denoised, Piece, Row, check_r
 
 @dataclass
 class Counters:
-    """What an engine has done since it was made.
+    """What an engine has done since it was created.
 
     Attributes:
-        admitted: requests that were begun.
-        finished, failed, cancelled, timed_out: requests by how they ended, those that never began included; a request that the
-            engine was stopped under counts as cancelled.
-        refused: requests that were not taken because the queue was full.
-        denoising_passes: passes over the model in which canvases were denoised.
-        denoising_rows: canvases in all those passes. As many as passes, if nothing was batched.
-        encode_calls, encoded_tokens: passes in which pieces were encoded, scored ones too, and the tokens in them.
+        admitted: requests that began.
+        finished, failed, cancelled, timed_out: requests by how they ended, including those that never began. A request that
+            ended because the engine stopped counts as cancelled.
+        refused: requests that were refused because the queue was full.
+        denoising_passes: passes of the model that denoised canvases.
+        denoising_rows: canvases in all these passes. Equal to the number of passes if nothing was batched.
+        encode_calls, encoded_tokens: passes that encoded or scored pieces, and the tokens in them.
         device_seconds: wall time of all calls.
     """
 
@@ -42,21 +42,21 @@ class Counters:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of one of the backend's methods, with what it takes. Calls of one method may be performed as one."""
+    """A call of one of the backend's methods, with its arguments. Several calls of one method can be performed as one."""
 
     method: str
     parts: Sequence[Any]
 
     @property
     def tokens(self) -> int:
-        """Tokens that the causal pass reads for it."""
+        """Tokens that the causal pass reads for this call."""
         return sum(len(part.tokens) for part in self.parts if isinstance(part, Piece))
 
 
 class SharedBackend:
-    """A :class:`~mlx_diffgemma.backends.Backend` whose calls ``ask`` performs when their turn comes.
+    """A :class:`~mlx_diffgemma.backends.Backend` that passes each call to ``ask``, which performs it when its turn comes.
 
-    What is wrong with a request's own tokens is said before that, so that it ends no pass of several.
+    It checks a request's tokens first. A request with wrong tokens then fails alone, not together with others in its pass.
     """
 
     def __init__(self, backend: Backend, ask: Callable[[Call], Sequence[Any]]) -> None:
@@ -81,7 +81,7 @@ class SharedBackend:
         return self._by_row("score_canvas", rows)
 
     def _by_piece(self, method: str, pieces: Sequence[Piece]) -> list[Any]:
-        # A turn is one piece: a long prompt keeps the others waiting no longer, and can be cancelled within it.
+        # A turn is one piece: a long prompt does not hold up other requests, and can be cancelled between its pieces.
         for piece in pieces:
             check_tokens(piece.tokens, self.config)
         return [self._ask(Call(method, [piece]))[0] for piece in pieces]
@@ -100,7 +100,7 @@ class Device:
         self.backend, self.counters = backend, counters
 
     def perform(self, calls: Sequence[Call]) -> list[Sequence[Any]]:
-        """The answers to calls of one method, a list each, in one pass."""
+        """Perform calls of one method in one pass. Returns their results, one list per call."""
         parts = [part for call in calls for part in call.parts]
         self._count(calls[0].method, parts)
         started = time.perf_counter()
@@ -108,7 +108,7 @@ class Device:
             answers = getattr(self.backend, calls[0].method)(parts)
         finally:
             self.counters.device_seconds += time.perf_counter() - started
-        if answers is None:  # of encode, which says nothing
+        if answers is None:  # encode returns nothing
             answers = [None] * len(parts)
         ends = accumulate((len(call.parts) for call in calls), initial=0)
         return [answers[start:end] for start, end in pairwise(ends)]

@@ -1,12 +1,14 @@
-"""One device, many requests.
+"""The engine: runs many requests on one device.
 
-A request is plain library code, a loop over events of :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream` or the like. The
-engine runs each in a greenlet, over a backend whose calls suspend it: with every request stopped at its next call, the policy
-(policy.py) decides which to perform. All of that happens in one thread, because a framework's arrays and streams belong to the
-thread that made them; the engine's own methods, but for :meth:`Engine.gather` and :meth:`Engine.later`, may be called from any.
+A request is plain library code: a loop over the events of :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`, for example. The
+engine runs each request in a greenlet. The request's backend suspends the greenlet at every call. When every request has stopped
+at its next call, the policy (policy.py) decides which calls to perform. All of this happens in one thread, because a framework's
+arrays and streams belong to the thread that made them. The engine's own methods may be called from any thread, except for
+:meth:`Engine.gather` and :meth:`Engine.later`.
 
-Greenlets switch to the engine's loop (the hub) and nowhere else; it resumes one after the other until each waits for a call or
-has ended, and only then picks the next turn. So what is batched depends on the order of arrival alone, and on no clock.
+Greenlets switch to the engine's loop (the hub) and nowhere else. The hub resumes one greenlet after the other, until each waits
+for a call or has ended, and only then chooses the next turn. What is batched therefore depends on the order of arrival alone, not
+on a clock.
 """
 
 import itertools
@@ -31,7 +33,7 @@ from mlx_diffgemma.scheduler.policy import next_admitted, next_pass
 
 T = TypeVar("T")
 
-#: Requests whose durations are averaged to say when to come back.
+#: How many recent requests are averaged to estimate when a refused client should try again.
 RECENT = 16
 
 _log = logging.getLogger(__name__)
@@ -44,9 +46,9 @@ class Engine:
         limits: how many requests there may be, and what goes into one pass.
 
     Attributes:
-        model: the same model over the shared backend, for the work that is submitted; elsewhere its calls raise RuntimeError.
-        stopping: no new requests are taken, and those in progress may end themselves where they can.
-        counters: see there.
+        model: the same model over the shared backend, for use inside submitted work. Outside of it, its calls raise RuntimeError.
+        stopping: the engine takes no new requests, and requests in progress should end where they can.
+        counters: what the engine has done so far.
     """
 
     def __init__(self, model: DiffusionGemma, limits: Limits | None = None) -> None:
@@ -59,31 +61,30 @@ class Engine:
         self._device = Device(model.backend, self.counters)
         self._thread: threading.Thread | None = None
         self._hub: greenlet | None = None
-        # Under the lock, whose owner may notify: the jobs, what ends them, and `stopping`.
+        # This lock guards the jobs, the errors that end them, and `stopping`.
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
-        self._running: list[Job] = []  # idle ones too
-        # The engine's thread alone:
-        self._ready: deque[tuple[Task, tuple[Any, ...], BaseException | None]] = (
-            deque()
-        )  # to be resumed, with an answer or an error
-        self._pending: list[Task] = []  # that wait for a call
-        self._served: dict[str, int] = {}  # of each client that has jobs, the turn in which it was served last
+        self._running: list[Job] = []  # including idle jobs
+        # Only the engine's thread uses what follows.
+        # Tasks to resume, each with a result or an error:
+        self._ready: deque[tuple[Task, tuple[Any, ...], BaseException | None]] = deque()
+        self._pending: list[Task] = []  # tasks that wait for a call
+        self._served: dict[str, int] = {}  # for each client with jobs, the turn in which it was last served
         self._turns = itertools.count()
         self._durations: deque[float] = deque(maxlen=RECENT)
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """How many requests have not begun."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests in progress."""
+        """How many requests are in progress. Idle jobs do not count."""
         return sum(not job.idle for job in self._running)
 
     def start(self) -> None:
-        """Begin with the requests; once."""
+        """Start the engine's thread. Raises RuntimeError if it was started or stopped before."""
         with self._changed:
             if self._thread is not None or self.stopping:
                 raise RuntimeError("an engine starts once")
@@ -91,10 +92,10 @@ class Engine:
             self._thread.start()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Take no more requests, drop those that wait, and return when those in progress have ended.
+        """Take no more requests, drop those in the queue, and return when those in progress have ended.
 
-        After ``timeout`` seconds what is left is ended before its next call, by Stopping; None waits for as long as it takes. May
-        be called again, as with a shorter time, and before the start.
+        After ``timeout`` seconds, Stopping ends the remaining requests before their next call; None waits without a limit. May be
+        called again, for example with a shorter timeout, and before the start.
         """
         with self._changed:
             self.stopping = True
@@ -115,7 +116,7 @@ class Engine:
         client: str,
         seconds: float | None = None,
     ) -> Job:
-        """Put a request into the queue; arguments as in :class:`~mlx_diffgemma.scheduler.jobs.Request`. Raises Busy, Stopping."""
+        """Put a request into the queue. Arguments as in :class:`~mlx_diffgemma.scheduler.jobs.Request`. Raises Busy, Stopping."""
         with self._changed:
             if self.stopping:
                 raise Stopping
@@ -129,17 +130,18 @@ class Engine:
         return job
 
     def end(self, job: Job, error: BaseException) -> None:
-        """Have a job end before its next call, by ``error``, unless it has to already. For any thread."""
+        """Make ``error`` end a job before its next call, unless another error already does. Any thread may call this."""
         with self._changed:
             job.ended = job.ended or error
 
     def gather(self, iterators: Sequence[Iterator[T]]) -> Iterator[tuple[int, T]]:
-        """Run iterators side by side, so that their calls wait together; inside work.
+        """Run iterators side by side, so that their calls can share a pass. Only for use inside work.
 
-        Each runs on when its event has been taken. An error of one closes the others, and is raised; closing this closes all.
+        Each iterator continues when its event has been taken. If one raises, the others are closed and its error is raised.
+        Closing this iterator closes all of them.
 
         Yields:
-            The index of an iterator, and its event, in order of arrival.
+            The index of an iterator and its event, in order of arrival.
         """
         owner = self._current()
         events: deque[tuple[int, T]] = deque()
@@ -175,15 +177,15 @@ class Engine:
         finally:
             for task in tasks:
                 self._interrupt(task, Cancelled())
-            # Nobody else can wait for them: the garbage collector may close this wherever it pleases.
+            # Only the owner can wait for the tasks, and the garbage collector may run this in any other greenlet.
             while getcurrent() is owner and not all(task.dead for task in tasks):
                 self._sleep(owner)
-            errors.clear()  # their tracebacks lead back to here, and to what the tasks held
+            errors.clear()  # their tracebacks keep this frame alive, and what the tasks held
 
     def later(self, work: Callable[[], object]) -> None:
-        """Do something when no request waits for anything; inside work. It may use the model.
+        """Run ``work`` when no request waits for the device. Only for use inside work. It may use the model.
 
-        No more than ``parallel`` of these wait, the newest ones; at the stop they are dropped.
+        At most ``parallel`` of these idle jobs wait, the newest ones. They are dropped when the engine stops.
         """
         if self.stopping:
             return
@@ -198,11 +200,11 @@ class Engine:
     def _current(self) -> Task:
         task = getcurrent()
         if not isinstance(task, Task) or task.job.engine is not self:
-            raise RuntimeError("an engine's model computes inside work that was submitted to it")
+            raise RuntimeError("an engine's model works only inside work that was submitted to that engine")
         return task
 
     def _ask(self, call: Call) -> Sequence[Any]:
-        """The answers to a call, when it has been performed."""
+        """Suspend the task until a call has been performed. Returns its results."""
         task = self._current()
         task.check()
         task.call = call
@@ -212,7 +214,7 @@ class Engine:
         return answers
 
     def _sleep(self, task: Task) -> None:
-        """Until somebody wakes the task, which is the current one."""
+        """Suspend the task, which is the current one, until another wakes it."""
         task.asleep = True
         self._switch()
 
@@ -221,14 +223,14 @@ class Engine:
         return self._hub.switch()
 
     def _work(self, job: Job) -> Finished:
-        """What the first task of a job runs."""
+        """Runs in the first task of a job."""
         try:
             self._current().check()
             events = job.request.work()
             with _closed(events):
                 for event in events:
                     self._deliver(job, event)
-        except BaseException as error:  # noqa: BLE001 (whatever it is, it ends this job and no other)
+        except BaseException as error:  # noqa: BLE001 (any error ends this job and no other)
             return Finished(error)
         return Finished()
 
@@ -237,7 +239,7 @@ class Engine:
             job.request.deliver(event)
         except BaseException as error:
             _log.exception("an event could not be delivered, and its request is cancelled")
-            self.end(job, error)  # so that its work computes nothing while it is closed
+            self.end(job, error)  # so that closing its work computes nothing
             raise
 
     # In a task or in the hub:
@@ -255,7 +257,7 @@ class Engine:
             self._ready.append((task, (), None))
 
     def _interrupt(self, task: Task, error: BaseException) -> None:
-        """Have ``error`` raised where the task is suspended, and whenever it calls the backend again."""
+        """Raise ``error`` where the task is suspended, and again at every later call of the backend."""
         if task.ended is not None or task.dead:
             return
         task.ended = error
@@ -274,22 +276,22 @@ class Engine:
             while self._wait():
                 self._sweep()
                 if self._ready:
-                    self._resume_all()  # and look again for jobs that must end, so that no call of theirs is performed
+                    self._resume_all()  # then sweep again, so that no call of a job that must end is performed
                 elif self._pending:
                     self._perform()
-        except BaseException as error:  # noqa: BLE001 (a mistake of ours must not leave clients waiting for ever)
+        except BaseException as error:  # noqa: BLE001 (a bug of ours must not leave clients waiting forever)
             _log.exception("the engine has failed")
             self._abandon(error)
 
     def _wait(self) -> bool:
-        """Wait for something to do; False if nothing will come."""
+        """Wait until there are jobs. Returns False if there are none and the engine is stopping."""
         with self._changed:
             while not (self._running or self._waiting or self.stopping):
                 self._changed.wait()
             return bool(self._running or self._waiting)
 
     def _sweep(self) -> None:
-        """Begin jobs for which there is room, and end those that must end."""
+        """Begin the jobs for which there is room, and end the jobs that must end."""
         now = time.monotonic()
         with self._changed:
             for job in (*self._waiting, *self._running):
@@ -320,7 +322,7 @@ class Engine:
         self._begin(partial(self._work, job), job)
 
     def _perform(self) -> None:
-        """One pass over the model, for those whose turn it is."""
+        """Perform one pass of the model, for the tasks whose turn it is."""
         calls = [(task.job, task.call) for task in self._pending if task.call is not None]
         tasks = [self._pending[index] for index in next_pass(calls, self._served, max_batch=self.max_batch)]
         performed, turn = [task.call for task in tasks if task.call is not None], next(self._turns)
@@ -331,7 +333,7 @@ class Engine:
                 self._served[task.job.client] = turn
         try:
             answers = self._device.perform(performed)
-        except Exception as error:  # noqa: BLE001 (of a framework, as for lack of memory: the requests tell it)
+        except Exception as error:  # noqa: BLE001 (from the framework, such as out of memory: the requests report it)
             self._ready.extend((task, (), error) for task in tasks)
         else:
             self._ready.extend((task, (answer,), None) for task, answer in zip(tasks, answers, strict=True))
@@ -346,10 +348,10 @@ class Engine:
             return
         job = task.job
         job.tasks.remove(task)
-        task.ended = None  # its traceback leads to the task
+        task.ended = None  # its traceback refers to the task
         if task.owner is None:
             job.outcome = outcome
-            for left in job.tasks:  # gathered by an iterator that nobody has closed
+            for left in job.tasks:  # from a gather that was never closed
                 self._interrupt(left, Cancelled())
         else:
             self._wake(task.owner)
@@ -364,14 +366,14 @@ class Engine:
                     self._durations.append(time.monotonic() - job.admitted)
             if all(other.client != job.client for other in (*self._running, *self._waiting)):
                 self._served.pop(job.client, None)
-        job.outcome = Finished()  # an error's traceback leads to the job, and to the keys and values that it held
+        job.outcome = Finished()  # an error's traceback refers to the job, and to the keys and values that it held
         if job.ended is not None:
             job.ended.__traceback__ = None
         if not job.idle:
             self._count(finished.error)
         try:
             job.request.deliver(finished)
-        except Exception:  # noqa: BLE001 (the job is over, and the others are not concerned)
+        except Exception:  # noqa: BLE001 (the job has ended, and other jobs are not affected)
             _log.exception("the end of a request could not be delivered")
 
     def _count(self, error: BaseException | None) -> None:
@@ -386,7 +388,7 @@ class Engine:
                 self.counters.failed += 1
 
     def _abandon(self, error: BaseException) -> None:
-        """End everything by ``error``, whatever state it is in."""
+        """End all jobs with ``error``, whatever their state."""
         with self._changed:
             self.stopping = True
             jobs = [*self._waiting, *self._running]
@@ -394,7 +396,7 @@ class Engine:
         for job in jobs:
             self.end(job, error)
         while tasks := [task for job in jobs for task in job.tasks if not task.dead]:
-            for task in tasks:  # raises the error where it is suspended; one that gathers dies after those it waits for
+            for task in tasks:  # raises the error where the task is suspended; a gathering task dies after its tasks
                 task.switch()
         for job in jobs:
             self._finish(job, Finished(error))
@@ -402,7 +404,7 @@ class Engine:
 
 @contextmanager
 def _closed(iterator: Iterator[Any]) -> Iterator[None]:
-    """Close an iterator in the end, if it is of a kind that can be."""
+    """Close an iterator at the end, if it has a close method."""
     try:
         yield
     finally:
@@ -412,12 +414,12 @@ def _closed(iterator: Iterator[Any]) -> Iterator[None]:
 
 
 def _done(work: Callable[[], object]) -> Iterator[None]:
-    """A request's work that has no events."""
+    """Run work without events, in the form of a request's work."""
     work()
     return iter(())
 
 
 def _drop(event: Finished) -> None:
-    """Takes the end of idle work, which nobody waits for."""
+    """Receives the end of idle work, which no client waits for."""
     if event.error is not None and not isinstance(event.error, (Cancelled, Stopping)):
         _log.error("idle work has failed", exc_info=event.error)

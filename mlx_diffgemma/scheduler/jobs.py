@@ -1,4 +1,4 @@
-"""Requests in the engine's hands: how they are told of it, how they end, and the greenlets that run them."""
+"""Jobs: requests that were submitted to the engine, how they end, and the greenlets that run them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from mlx_diffgemma.scheduler.device import Call
 
 
 class Busy(DiffGemmaError):
-    """As many requests as may wait are waiting.
+    """The queue is full.
 
     Attributes:
-        retry_after: whole seconds, at least 1, in which about all that are in progress now will have made room.
+        retry_after: whole seconds, at least 1, after which about all requests that are now in progress will have ended.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -24,29 +24,30 @@ class Busy(DiffGemmaError):
 
 
 class Stopping(DiffGemmaError):
-    """The engine takes no more requests, or was stopped under this one."""
+    """The engine is stopping: it takes no more requests, and ended this one."""
 
     def __init__(self) -> None:
-        super().__init__("the server is stopping; try again when it is back")
+        super().__init__("the server is stopping; try again when it runs again")
 
 
 class TimedOut(DiffGemmaError):
-    """A request has taken longer than it may."""
+    """A request has taken longer than its time limit."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the request took longer than {seconds:g} s; ask for less, or try again when there are fewer requests")
+        super().__init__(f"the request took longer than {seconds:g} s; ask for less, or try again when the server is less busy")
 
 
 class Cancelled(BaseException):
-    """A request has been cancelled. As no Exception, so that no work takes it for a failure that can be handled."""
+    """A request was cancelled. Not an Exception, so that no work handles it like a failure."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last that is delivered of a job.
+    """The last item that a job delivers.
 
     Attributes:
-        error: what ended it, if it was not its work: Cancelled, TimedOut, Stopping, or what the work or ``deliver`` raised.
+        error: the error that ended the job: Cancelled, TimedOut, Stopping, or what the work or ``deliver`` raised. None if the
+            work came to its end.
     """
 
     error: BaseException | None = None
@@ -54,15 +55,16 @@ class Finished:
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine is asked to do.
+    """A request to an engine.
 
     Attributes:
-        work: makes the request's events, with the engine's model.
-        deliver: takes them one by one, and then exactly one :class:`Finished`; called in the engine's thread, where it must not
-            block. What it raises ends the job.
-        client: whose turn the request takes.
-        seconds: after which it ends, with TimedOut, before its next call; the time in the queue counts. None for any time.
-        idle: whether it is done only when no other request waits for anything.
+        work: returns an iterator of the request's events, which uses the engine's model.
+        deliver: receives the events one by one, and then exactly one :class:`Finished`. The engine calls it in its own thread,
+            where it must not block. An error that it raises ends the job.
+        client: the client whose turns the request takes.
+        seconds: time limit, including the time in the queue. TimedOut then ends the request before its next call. None for no
+            limit.
+        idle: whether the request runs only when no other request waits for the device.
     """
 
     work: Callable[[], Iterator[Any]]
@@ -73,38 +75,38 @@ class Request:
 
 
 class Ending(Protocol):
-    """What a job's end is told: the engine."""
+    """The part of the engine that a job uses."""
 
     def end(self, job: "Job", error: BaseException) -> None: ...
 
 
 class Job:
-    """A request in the engine's hands. Made by :meth:`~mlx_diffgemma.scheduler.engine.Engine.submit`."""
+    """A request that was submitted to the engine. :meth:`~mlx_diffgemma.scheduler.engine.Engine.submit` creates it."""
 
     def __init__(self, engine: Ending, request: Request) -> None:
         self.engine, self.request = engine, request
         self.submitted = self.admitted = time.monotonic()
-        self.ended: BaseException | None = None  # why it must end; its tasks may have to be told yet
-        self.outcome = Finished()  # once its first task is dead
-        self.tasks: list[Task] = []  # that live; the first is that of its work
+        self.ended: BaseException | None = None  # why it must end; its tasks may not know yet
+        self.outcome = Finished()  # set when its first task is dead
+        self.tasks: list[Task] = []  # live tasks; the first one runs the work
 
     @property
     def client(self) -> str:
-        """Whose turn it takes."""
+        """The client whose turns it takes."""
         return self.request.client
 
     @property
     def idle(self) -> bool:
-        """Whether it is done only when no other job waits for anything."""
+        """Whether it runs only when no other job waits for the device."""
         return self.request.idle
 
     def cancel(self) -> None:
-        """End the job before its next call of the backend. For any thread, and at any time."""
+        """End the job before its next call of the backend. Any thread may call this, at any time."""
         self.engine.end(self, Cancelled())
 
 
 class Task(greenlet):
-    """A strand of a job: its work, or one of the iterators that this gathers. Suspended, it waits for a call, or sleeps."""
+    """A greenlet of a job: its work, or an iterator that the work gathers. When suspended, it waits for a call or sleeps."""
 
     def __init__(self, run: Callable[[], Any], hub: greenlet, job: Job, owner: "Task | None" = None) -> None:
         super().__init__(run, hub)
@@ -114,8 +116,8 @@ class Task(greenlet):
         self.ended: BaseException | None = None
 
     def check(self) -> None:
-        """Raise what the task or its job must end by."""
-        if self.ended is not None:  # raised from no local name, which the traceback would lead back to
+        """Raise the error that must end the task or its job, if there is one."""
+        if self.ended is not None:  # not through a local name: the traceback would refer to it
             raise self.ended
         if self.job.ended is not None:
             raise self.job.ended

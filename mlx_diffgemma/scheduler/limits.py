@@ -1,4 +1,4 @@
-"""What an operator decides of one device's requests."""
+"""The limits of one device's requests, which the operator chooses."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ class Limits:
     """How many requests there may be, and what goes into one pass.
 
     Attributes:
-        parallel: requests in progress at a time; each holds its keys and values.
-        queue: further requests that may wait.
+        parallel: requests in progress at the same time; each holds its keys and values.
+        queue: further requests that may wait in the queue.
         batch, max_batch: see :func:`~mlx_diffgemma.backends.rows_in_pass`.
     """
 

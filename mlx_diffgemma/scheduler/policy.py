@@ -1,8 +1,8 @@
-"""Whose turn it is, and what goes into one pass: decisions without a clock, a thread or a device.
+"""Decides whose turn it is and what goes into one pass, without a clock, a thread or a device.
 
-Turns go round the clients: the one that was served least recently is next, where arriving counts as being served. No client thus
-waits for more turns than there are others. Calls of the same method that other requests wait for are performed in the same pass,
-as far as there is room: rows and pieces of different texts need not be alike in anything.
+Turns go round the clients: the client that was served least recently is next, and arriving counts as being served. So no client
+waits for more turns than there are other clients. If other requests wait for calls of the same method, these calls go into the
+same pass, as far as there is room. Rows and pieces of different texts need not be alike in anything.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from mlx_diffgemma.scheduler.device import Call
 
 
 class Waiting(Protocol):
-    """What waits: of a client, and perhaps to be done only when nothing else is."""
+    """A request that waits. An idle one runs only when no other waits."""
 
     @property
     def client(self) -> str: ...
@@ -24,7 +24,10 @@ class Waiting(Protocol):
 
 
 def next_admitted(waiting: Sequence[Waiting], running: Iterable[Waiting], served: Mapping[str, int]) -> int:
-    """Which of the requests that wait begins next: of the client with the fewest in progress that was served least recently."""
+    """The index of the waiting request that begins next.
+
+    It is one of the client with the fewest requests in progress; among such clients, of the one that was served least recently.
+    """
     share = Counter(each.client for each in running)
     order = [(share[each.client], served[each.client], index) for index, each in enumerate(waiting)]
     return min(order)[-1]
@@ -33,13 +36,13 @@ def next_admitted(waiting: Sequence[Waiting], running: Iterable[Waiting], served
 def next_pass(
     calls: Sequence[tuple[Waiting, Call]], served: Mapping[str, int], *, max_batch: int, max_tokens: int = CHUNK
 ) -> list[int]:
-    """Which of the calls that wait are performed next, in one pass; those of one client in the order in which they came.
+    """The indices of the waiting calls that go into the next pass. Calls of one client keep their order of arrival.
 
     Args:
-        calls: at least one, and of which request each is.
-        served: the turn in which each client was served last.
-        max_batch: rows, or pieces, in a pass; a call of more is performed alone.
-        max_tokens: of all pieces in a pass, unless one alone has more.
+        calls: the waiting calls, at least one, each with its request.
+        served: the turn in which each client was last served.
+        max_batch: rows, or pieces, in a pass at most; a call with more is performed alone.
+        max_tokens: tokens of all pieces in a pass at most; a call with more is performed alone.
     """
     order = sorted(range(len(calls)), key=lambda index: (calls[index][0].idle, served[calls[index][0].client]))
     first, *others = order

@@ -1,4 +1,4 @@
-"""From events of replies to OpenAI's JSON: an answer as one object, or as the chunks of a stream."""
+"""Turns the events of replies into OpenAI's JSON: a response as one object, or as the chunks of a stream."""
 
 import json
 import secrets
@@ -12,19 +12,21 @@ from mlx_diffgemma.sampler import Draft
 from mlx_diffgemma.server.requests import Options
 from mlx_diffgemma.writing import Content, Reasoning, ToolCall
 
-#: Stands for the log-probability of what has none in JSON: minus infinity.
+#: Stands for a log-probability of minus infinity, which JSON cannot hold.
 LEAST_LOGPROB = -9999.0
 
 Json = dict[str, Any]
 
 
 class Answer:
-    """The answer to one request, whose choices grow by events; what differs between chats and completions is in two subclasses.
+    """The response to one request. Its choices grow with the events of their replies.
+
+    Two subclasses hold what differs between chats and completions.
 
     Args:
-        name: of the model, as clients know it.
-        cell: the text of one token.
-        per_prompt: choices of each prompt; they follow one another.
+        name: the model's name, as clients know it.
+        cell: returns the text of one token.
+        per_prompt: choices per prompt; the choices of one prompt follow one another.
     """
 
     prefix: str
@@ -37,11 +39,11 @@ class Answer:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
 
     def opening(self) -> list[Json]:
-        """The chunks that a stream begins with."""
+        """The chunks that begin a stream."""
         return []
 
     def chunks(self, index: int, event: ReplyEvent) -> list[Json]:
-        """The chunks that an event of one choice is told by; those of a stream that is not asked for are none."""
+        """The chunks for one event of one choice. Empty for a draft that the client did not request."""
         if isinstance(event, Draft):
             return [self._chunk([], diffgemma={"draft": self._draft(index, event)})] if self.options.drafts else []
         if isinstance(event, Reply):
@@ -53,13 +55,13 @@ class Answer:
         return []
 
     def closing(self) -> list[Json]:
-        """The chunks that a stream ends with, once all replies are there."""
+        """The chunks that end a stream, when all replies are complete."""
         if not self.options.include_usage:
             return []
         return [{**self._chunk([]), "usage": self._usage(), "diffgemma": self._statistics()}]
 
     def whole(self) -> Json:
-        """The answer as one object, once all replies are there."""
+        """The response as one object, when all replies are complete."""
         return {
             **self._head,
             "object": self.whole_object,
@@ -117,20 +119,20 @@ class Answer:
         }
 
     def _scored(self, reply: Reply) -> Iterable[tuple[str, float]]:
-        """The text and the log-probability of each token that has a text; the end token has none."""
+        """The text and the log-probability of each token that has a text. The end token has none."""
         for token, logprob in zip(reply.tokens, reply.logprobs or (), strict=True):
             if text := self.cell(token):
                 yield text, max(logprob, LEAST_LOGPROB)
 
 
 class ChatAnswer(Answer):
-    """As ``/v1/chat/completions`` answers."""
+    """A response of ``/v1/chat/completions``."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, options: Options, name: str, cell: Callable[[int], str], choices: int, per_prompt: int) -> None:
         super().__init__(options, name, cell, choices, per_prompt)
-        self._calls = [0] * choices  # tool calls that have been told, by choice
+        self._calls = [0] * choices  # tool calls sent so far, by choice
 
     def opening(self) -> list[Json]:
         return [self._chunk([_delta(index, {"role": "assistant", "content": ""})]) for index in range(self.choices)]
@@ -165,7 +167,7 @@ class ChatAnswer(Answer):
             {
                 "token": text,
                 "logprob": logprob,
-                "bytes": None if "\ufffd" in text else list(text.encode()),  # a part of a character has no text of its own
+                "bytes": None if "\ufffd" in text else list(text.encode()),  # the token is a part of a character
                 "top_logprobs": [],
             }
             for text, logprob in self._scored(reply)
@@ -174,7 +176,7 @@ class ChatAnswer(Answer):
 
 
 class CompletionAnswer(Answer):
-    """As ``/v1/completions`` answers."""
+    """A response of ``/v1/completions``."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -201,11 +203,11 @@ class CompletionAnswer(Answer):
 
 
 def infill_answer(options: Options, name: str, filled: Infill, *, prompt_tokens: int, between: bool) -> Json:
-    """As ``/v1/infill`` answers.
+    """The response of ``/v1/infill``.
 
     Args:
-        prompt_tokens: of the text that was given, without its holes.
-        between: the text was given as what is before and behind one hole, whose text is then the ``content``.
+        prompt_tokens: tokens of the given text, without its holes.
+        between: whether the client sent a prefix or a suffix instead of a template. The hole's text is then also ``content``.
     """
     best = filled.fillings[0].candidate
     new = sum(map(len, best.holes))
@@ -236,7 +238,7 @@ def infill_answer(options: Options, name: str, filled: Infill, *, prompt_tokens:
 
 
 def encoded(content: Json) -> bytes:
-    """JSON in UTF-8; what a model writes is text, and has no lone surrogates."""
+    """JSON in UTF-8. The model's text has no lone surrogates, so it can always be encoded."""
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 

@@ -1,7 +1,7 @@
-"""The HTTP server as an ASGI application: routes, and what they have in common.
+"""The HTTP server as an ASGI application: its routes and its middleware.
 
-A client gets no more than its own answers: errors are OpenAI's error object in one line, of a bug it learns a number that finds
-the traceback in the log, and nothing it sends reaches the log.
+A client learns nothing but the responses to its own requests. An error is OpenAI's error object with a message of one line. For a
+bug, the client gets a number that finds the traceback in the log. Nothing that a client sends reaches the log.
 """
 
 import time
@@ -24,14 +24,14 @@ from mlx_diffgemma.server.middleware import Guarded, Observed, error_response
 from mlx_diffgemma.server.routes import ModelRoutes
 from mlx_diffgemma.server.settings import Settings
 
-#: The page's files, as paths and types.
+#: The files of the page, each with its path and media type.
 PAGE = {"index.html": ("/", "text/html"), "page.js": ("/page.js", "text/javascript"), "page.css": ("/page.css", "text/css")}
-#: What needs no key: the page asks for it itself, and a load balancer has none.
+#: Paths that need no key: the page asks its user for the key, and a load balancer has none.
 OPEN_PATHS = ("/health", *(path for path, _ in PAGE.values()))
 
 
 def create_app(engine: Engine, settings: Settings) -> Starlette:
-    """The application; ``engine`` is started and stopped by the caller. Raises CheckpointError or OSError for what is missing."""
+    """Create the application. The caller starts and stops ``engine``. Raises CheckpointError or OSError if a file is missing."""
     app = _App(engine, settings)
     answers = ModelRoutes(engine, settings, app.metrics)
     routes = [
@@ -67,9 +67,13 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: a path that is not there, or a method that a path has not."""
+    """The response when Starlette itself refuses a request: an unknown path, or a method that the route does not support."""
     assert isinstance(error, HTTPException)
-    message = {404: "there is no such route", 405: "this route does not take this method"}.get(error.status_code, error.detail)
+    messages = {
+        404: "there is no such route; the API is under /v1",
+        405: "this route does not support this method; the Allow header lists those that it supports",
+    }
+    message = messages.get(error.status_code, error.detail)
     return error_response(ApiError(error.status_code, message, headers=error.headers))
 
 

@@ -1,16 +1,16 @@
-"""What is answered instead of an answer: OpenAI's error object, with a status."""
+"""Errors of the API: OpenAI's error object, with an HTTP status."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class ApiError(Exception):
-    """A request that is answered with ``status`` and one line that says what is wrong.
+    """Ends a request with ``status`` and one line that says what is wrong.
 
     Attributes:
-        param: the field that is wrong, such as ``messages[0].content``; None where it is none in particular.
+        param: the field that is wrong, such as ``messages[0].content``; None if it is no single field.
         kind, code: ``type`` and ``code`` of OpenAI's error object.
-        headers: go with the answer, such as ``Retry-After``.
+        headers: headers of the response, such as ``Retry-After``.
     """
 
     def __init__(
@@ -28,5 +28,5 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON object of the answer, or of an event in a stream that has begun."""
+        """The JSON object of the response, or of an event if the stream has already begun."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}

@@ -1,4 +1,4 @@
-"""Messages and tools of a request, checked and turned into what a chat template reads."""
+"""The messages and tools of a request: checks them, and turns them into the form that a chat template reads."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -16,20 +16,20 @@ _MEDIA = {"image": "images are", "audio": "audio is", "video": "video is", "file
 
 
 def _content(value: Any) -> Any:
-    """A string, or a list of parts of text, as it is."""
+    """The content of a message: None, a string, or a list of text parts. Each part keeps its type and text only."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise PydanticCustomError("content", "the content must be a string or a list of parts")
+        raise PydanticCustomError("content", "the content must be a string or a list of parts of type text")
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str):
-            raise PydanticCustomError("content", "a part of the content must be an object with a type")
+            raise PydanticCustomError("content", "each part of the content must be an object with a type")
         for medium, media_are in _MEDIA.items():
             if medium in kind:
-                raise PydanticCustomError("content", f"{media_are} not supported; text only")
+                raise PydanticCustomError("content", f"{media_are} not supported; send text only")
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("content", "a part of the content must be of type text, with a string as its text")
+            raise PydanticCustomError("content", "each part of the content must have the type text and a string as its text")
     return [{"type": "text", "text": part["text"]} for part in value]
 
 
@@ -39,14 +39,14 @@ def _arguments(value: Any) -> dict[str, Any]:
         try:
             value = from_json(value.strip() or "{}", allow_inf_nan=False)
         except ValueError:
-            raise PydanticCustomError("arguments", "the arguments are not JSON") from None
+            raise PydanticCustomError("arguments", "the arguments are not valid JSON") from None
     if not isinstance(value, dict):
         raise PydanticCustomError("arguments", "the arguments must be a JSON object")
     return _not_too_deep(value)
 
 
 def levels(value: Any) -> Iterator[list[Any]]:
-    """The value, then what lies in it, then what lies in that, as far as objects and lists go; without recursion."""
+    """Yields [value], then all values inside it, then all values inside those, through objects and lists. Not recursive."""
     level = [value]
     while level:
         yield level
@@ -57,14 +57,14 @@ def levels(value: Any) -> Iterator[list[Any]]:
 def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
     for depth, _ in enumerate(levels(value)):
         if depth == MAX_DEPTH:
-            raise PydanticCustomError("depth", f"nested more than {MAX_DEPTH} deep")
+            raise PydanticCustomError("depth", f"nested more than {MAX_DEPTH} levels deep")
     return value
 
 
 def _schema(value: Any) -> Any:
-    """A JSON schema whose parts have the forms that a chat template takes for granted, at every depth."""
+    """Check that a JSON schema has, at every depth, the form that a chat template expects without checking."""
     if not isinstance(value, dict):
-        raise PydanticCustomError("schema", "must be a JSON schema: an object")
+        raise PydanticCustomError("schema", "must be a JSON schema, which is an object")
     schemas: list[dict[str, Any]] = [_not_too_deep(value)]
     while schemas:
         schema = schemas.pop()
@@ -81,7 +81,7 @@ def _schema(value: Any) -> Any:
             raise PydanticCustomError("schema", "required must be a list of names")
         items = schema.get("items", {})
         if not isinstance(items, dict):
-            raise PydanticCustomError("schema", "items must be a JSON schema: an object")
+            raise PydanticCustomError("schema", "items must be a JSON schema, which is an object")
         schemas += [*properties.values(), *([items] if items else [])]
     return value
 
@@ -103,7 +103,7 @@ class Tool(BaseModel):
     function: _Function
 
     def for_template(self) -> dict[str, Any]:
-        """As a chat template reads it; templates expect a description."""
+        """The tool in the form that a chat template reads. Templates expect a description."""
         function: dict[str, Any] = {"name": self.function.name, "description": self.function.description or ""}
         if self.function.parameters is not None:
             function["parameters"] = self.function.parameters
@@ -142,7 +142,7 @@ class Message(BaseModel):
     refusal: None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As a chat template reads it: a call's arguments are a mapping, and what is not there is left out."""
+        """The message in the form that a chat template reads: arguments are a mapping, and missing fields are left out."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.role == "assistant":
             if self.reasoning_content:
@@ -155,21 +155,21 @@ class Message(BaseModel):
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
-    """Refuse messages that lack what their role needs, and answers to calls that nobody made."""
+    """Refuse messages without a field that their role needs, and tool results without a tool call."""
     called: set[str] = set()
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         called |= {call.id for call in message.tool_calls or ()}
         if message.tool_calls and message.role != "assistant":
-            raise ApiError(400, f"{where}.tool_calls: only the assistant calls tools", param=f"{where}.tool_calls")
+            raise ApiError(400, f"{where}.tool_calls: only the assistant can call tools", param=f"{where}.tool_calls")
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             raise ApiError(400, f"{where}.content is missing", param=f"{where}.content")
         if message.role == "tool" and message.tool_call_id not in called:
             raise ApiError(
-                400, f"{where}.tool_call_id is none of a call in the messages before it", param=f"{where}.tool_call_id"
+                400, f"{where}.tool_call_id matches no tool call in the messages before it", param=f"{where}.tool_call_id"
             )
 
 
 def template_messages(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
-    """The messages as a chat template reads them."""
+    """The messages in the form that a chat template reads."""
     return tuple(message.for_template() for message in messages)

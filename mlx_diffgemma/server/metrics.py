@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,32 +18,36 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own.
+    """The metrics of one server, in their own registry.
 
-    In ``requests`` a status is that of the answer, but for 499, of which the client has left, and streams that ended in an error,
-    which have its status.
+    The status label of ``requests`` is the status of the response, with two exceptions: 499 means that the client left, and a
+    stream that ended in an error has the status of that error.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests answered.", "route", "status")
-        self.duration = self._histogram("request_duration_seconds", "From a request to the end of its answer.", "route")
-        self.first_text = self._histogram(
-            "time_to_first_text_seconds", "From a request to the first text of its answer.", "route"
+        self.duration = self._histogram(
+            "request_duration_seconds", "Seconds from the request to the end of its response.", "route"
         )
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, once a choice.")
-        self.cached_tokens = self._counter("cached_prompt_tokens", "Those of them that a kept cache held.")
-        self.new_tokens = self._counter("new_tokens", "Tokens written.")
-        self.denoising_steps = self._counter("denoising_steps", "Denoising steps of single canvases.")
-        self.unsettled = self._counter("unsettled_tokens", "Tokens shown as settled and then changed: 0 where the rule is sound.")
-        self.cancellations = self._counter("cancellations", "Requests whose client left before the end of the answer.")
-        self._gauge("requests_running", "Requests that the engine works on.", lambda: engine.running)
-        self._gauge("requests_waiting", "Requests that wait for their turn.", lambda: engine.waiting)
+        self.first_text = self._histogram(
+            "time_to_first_text_seconds", "Seconds from the request to the first text of its response.", "route"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, counted once per choice.")
+        self.cached_tokens = self._counter(
+            "cached_prompt_tokens", "Prompt tokens found in the prefix cache, counted once per choice."
+        )
+        self.new_tokens = self._counter("new_tokens", "Tokens written in replies.")
+        self.denoising_steps = self._counter("denoising_steps", "Denoising steps, summed over all canvases.")
+        self.unsettled = self._counter("unsettled_tokens", "Tokens sent as settled and changed later; 0 if the rule is sound.")
+        self.cancellations = self._counter("cancellations", "Requests whose client left before the response ended.")
+        self._gauge("requests_running", "Requests in progress.", lambda: engine.running)
+        self._gauge("requests_waiting", "Requests in the queue.", lambda: engine.waiting)
         self.registry.register(_Passes(engine.counters))
 
     def watch(self, kept: PrefixCache) -> None:
-        """Tell the size of what is kept from earlier requests."""
-        self._gauge("kept_cache_bytes", "Keys and values kept from earlier requests.", lambda: kept.nbytes)
+        """Add a gauge for the size of the prefix cache."""
+        self._gauge("kept_cache_bytes", "Bytes of keys and values kept from earlier requests.", lambda: kept.nbytes)
 
     def count(self, reply: Reply) -> None:
         """Add a finished reply's figures."""
@@ -54,7 +58,7 @@ class Metrics:
         self.unsettled.inc(reply.unsettled)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
@@ -68,16 +72,16 @@ class Metrics:
 
 
 class _Passes(Collector):
-    """What the engine counts itself; rows over passes says how much is batched."""
+    """The engine's own counters. Rows divided by passes is the average batch size."""
 
     def __init__(self, counters: Counters) -> None:
         self.counters = counters
 
     def collect(self) -> Iterator[Metric]:
         for name, what, value in (
-            ("denoising_passes", "Passes over the model in which canvases were denoised.", self.counters.denoising_passes),
-            ("denoising_rows", "Canvases in all those passes.", self.counters.denoising_rows),
-            ("encoded_tokens", "Tokens that were encoded, in prompts and in answers.", self.counters.encoded_tokens),
-            ("device_seconds", "Time that the model has computed.", self.counters.device_seconds),
+            ("denoising_passes", "Passes of the model that denoised canvases.", self.counters.denoising_passes),
+            ("denoising_rows", "Canvases in all denoising passes.", self.counters.denoising_rows),
+            ("encoded_tokens", "Tokens encoded or scored, in prompts and replies.", self.counters.encoded_tokens),
+            ("device_seconds", "Seconds that the model has computed.", self.counters.device_seconds),
         ):
             yield CounterMetricFamily(f"mlx_diffgemma_{name}", what, value=value)

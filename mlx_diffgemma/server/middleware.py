@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route, and every answer after it."""
+"""The middleware that every request and response passes, and the reading of bodies."""
 
 import asyncio
 import hmac
@@ -18,12 +18,12 @@ from mlx_diffgemma.server.metrics import Metrics
 
 log = logging.getLogger("mlx_diffgemma.server")
 
-#: The client has left: no status of HTTP, and never sent, but counted.
+#: Status of a request whose client has left. It is not an HTTP status, and is only counted, never sent.
 LEFT = 499
-#: What a client has to send its body within; and the rest of one that is refused before it is read.
+#: Seconds in which a client must send its body, and the rest of a body that is refused before it is read.
 BODY_SECONDS, REFUSED_BODY_SECONDS = 30.0, 5.0
 
-#: The page uses its own script and style, and talks to its own server; nothing else, and nothing of it in a frame.
+#: The page may use its own script and style and talk to its own server, nothing else. No other page may show it in a frame.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -34,19 +34,19 @@ _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
 
 
 def error_response(error: ApiError) -> Response:
-    """OpenAI's error object."""
+    """The response with OpenAI's error object."""
     return JSONResponse(error.body(), error.status, error.headers)
 
 
 def unexpected(error: BaseException) -> ApiError:
-    """What a client is told of a bug: a number that finds the traceback in the log."""
+    """Log a bug, and return the error for the client: a number that finds the traceback in the log."""
     reference = secrets.token_hex(6)
     log.error("internal error %s", reference, exc_info=error)
-    return ApiError(500, f"internal error; the server's log has more under {reference}", kind="server_error")
+    return ApiError(500, f"internal error; the server's log has the details under {reference}", kind="server_error")
 
 
 class Observed:
-    """Counts requests and logs a line for each; answers what nobody expected. Nothing a client wrote reaches the log."""
+    """Counts requests, logs one line for each, and answers unexpected errors. Nothing that a client sent reaches the log."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -55,8 +55,8 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), LEFT  # as long as nothing is answered
-        unread = True  # there may be more of the body
+        started, status = time.perf_counter(), LEFT  # until a response begins
+        unread = True  # more of the body may come
         state = scope.setdefault("state", {})
         state["started"] = started
 
@@ -69,11 +69,12 @@ class Observed:
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                # A connection that is closed on a client still writing is reset, and what it was answered is lost with it.
+                # Read the rest of the body first: if the connection closes while the client still writes, it is reset, and the
+                # client may lose the response.
                 status = message["status"]
                 with suppress(TimeoutError):
                     async with asyncio.timeout(REFUSED_BODY_SECONDS):
-                        while unread and status != 408:  # one that does not come has been waited for
+                        while unread and status != 408:  # 408: the server has already waited for the body
                             await received()
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
@@ -83,7 +84,7 @@ class Observed:
         try:
             await self.app(scope, received, observed)
         except ClientDisconnect:
-            status = LEFT  # in the middle of its own body
+            status = LEFT  # while it sent its body
         except Exception as error:  # noqa: BLE001 (a bug must not end the server, and its text must not reach the client)
             told = unexpected(error)
             if status == LEFT:
@@ -99,14 +100,14 @@ class Observed:
 
 
 class Guarded:
-    """Refuses requests without the key, where there is one, and requests to hosts that are not this one.
+    """Refuses requests without the API key, if there is one, and requests whose Host header names another host.
 
-    A page of another site can make a browser send requests here, also under a name of its own that it lets point to this machine;
-    the name is then in the Host header.
+    A page of another site can make a browser send requests to this server. That site can also let its own host name point to this
+    machine; the Host header then has that name.
 
     Args:
-        hosts: names that the Host header may say, without the port; empty for any.
-        open_paths: what needs no key.
+        hosts: names that the Host header may have, without the port; empty for any.
+        open_paths: paths that need no key.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: Collection[str], open_paths: Collection[str]) -> None:
@@ -120,30 +121,35 @@ class Guarded:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if self.hosts and _host(headers.get("host", "")) not in self.hosts:
-            return ApiError(403, "this server does not go by the name in the Host header", code="host_not_allowed")
+            return ApiError(
+                403, "the Host header does not name this server; use the address it listens on", code="host_not_allowed"
+            )
         if self.api_key is None or scope["path"] in self.open_paths:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.api_key):
             return None
         headers_of_refusal = {"WWW-Authenticate": "Bearer"}
-        message = "a key is needed: send Authorization: Bearer KEY" if not key else "the key is wrong"
+        message = "the API key is wrong" if key else "this server needs an API key; send the header Authorization: Bearer KEY"
         return ApiError(401, message, code="invalid_api_key", headers=headers_of_refusal)
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without the port, in lower case; an IPv6 address without brackets."""
+    """The name in a Host header, in lower case and without the port; an IPv6 address without its brackets."""
     header = header.strip().lower()
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """A body of JSON, of which no more than ``max_bytes`` are ever held; raises ApiError."""
+    """Read a JSON body, and stop when it exceeds ``max_bytes``. Raises ApiError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+        raise ApiError(415, "the body must be JSON; send it with Content-Type: application/json")
     too_large = ApiError(
-        413, f"the body is larger than {max_bytes} bytes", code="body_too_large", headers={"Connection": "close"}
+        413,
+        f"the body is larger than this server's limit of {max_bytes} bytes",
+        code="body_too_large",
+        headers={"Connection": "close"},
     )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:

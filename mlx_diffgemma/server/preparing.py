@@ -1,4 +1,4 @@
-"""From a checked request to work for the engine: prompts of token ids, lengths that fit, seeds."""
+"""Turns a checked request into work for the engine: prompts as token ids, lengths that fit, seeds."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -21,13 +21,13 @@ from mlx_diffgemma.writing import Generation, Writing, sampling_config, write
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts that are ready to be read, and how to answer them; choice i of n of prompt p is number p * n + i.
+    """Prompts that are ready to be encoded, and how to answer them. Of n choices each, choice i of prompt p has number p * n + i.
 
     Attributes:
         prompts: token ids, each int32 [N].
-        seeds: one a choice.
-        writing: how to write each choice, but for its seed.
-        markup: whether thoughts and tool calls are told from the answer.
+        seeds: one per choice.
+        writing: how to write each choice, except for its seed.
+        markup: whether thoughts and tool calls are separated from the content.
     """
 
     prompts: tuple[NDArray[np.int32], ...]
@@ -36,7 +36,7 @@ class Question:
     markup: bool
 
     def answered(self, engine: Engine, kept: PrefixCache, wanted: tuple[type, ...]) -> Iterator[tuple[int, ReplyEvent]]:
-        """Work for the engine: the ``wanted`` events of all choices, with their numbers."""
+        """Work for the engine: yields the ``wanted`` events of all choices, each with the number of its choice."""
         model, per_prompt = engine.model, len(self.seeds) // len(self.prompts)
         contexts: list[Context] = []
         for prompt in self.prompts:
@@ -46,7 +46,7 @@ class Question:
         try:
             for index, event in engine.gather(replies):
                 if isinstance(event, Reply):
-                    # What is left of a reply is encoded for the next turn when nothing else is to be done.
+                    # The part of the reply that is not encoded yet is encoded for the next turn, when no request needs the model.
                     engine.later(self._settling(model, contexts[index], event.tokens, kept))
                 if isinstance(event, wanted):
                     yield index, event
@@ -67,13 +67,13 @@ class Question:
 
 
 def chat_question(model: DiffusionGemma, chat: ChatRequest, settings: Settings) -> Question:
-    """Render and encode a conversation; raises InputError or ApiError."""
+    """Render and tokenize a conversation. Raises InputError or ApiError."""
     ids = model.tokenizer.chat(chat.messages, tools=list(chat.tools) or None, enable_thinking=chat.thinking)
     return _question(model, [model.prompt_ids(ids)], chat.options, settings, markup=True)
 
 
 def completion_question(model: DiffusionGemma, completion: CompletionRequest, settings: Settings) -> Question:
-    """Encode raw texts, each after the beginning-of-sequence token; raises InputError or ApiError."""
+    """Tokenize raw texts, each behind the beginning-of-sequence token. Raises InputError or ApiError."""
     begin = model.tokenizer.bos_token_id
     prompts = []
     for prompt in completion.prompts:
@@ -83,7 +83,7 @@ def completion_question(model: DiffusionGemma, completion: CompletionRequest, se
 
 
 def infill_work(model: DiffusionGemma, request: InfillRequest, batch: str) -> Callable[[], Iterator[Infill]]:
-    """Work for the engine: one :class:`~mlx_diffgemma.editing.infilling.Infill`. What it refuses, it refuses when it begins."""
+    """Work for the engine: yields one :class:`~mlx_diffgemma.editing.infilling.Infill`. Its errors come when the work runs."""
     options = request.options
     seed = _fresh_seed() if options.seed is None else options.seed
 
@@ -105,7 +105,7 @@ def infill_work(model: DiffusionGemma, request: InfillRequest, batch: str) -> Ca
 
 
 def known_tokens(model: DiffusionGemma, request: InfillRequest) -> int:
-    """Tokens of the text around the holes."""
+    """Count the tokens of the text around the holes."""
     template = request.template
     parts = parse_template(template, request.marker) if isinstance(template, str) else template
     return sum(len(model.tokenizer.encode(part)) for part in parts if isinstance(part, str))
@@ -130,19 +130,19 @@ def _question(
 
 
 def _max_new_tokens(prompt: int, canvas: int, context: int, options: Options, settings: Settings) -> int:
-    """Tokens to write after ``prompt`` tokens, in whole canvases."""
+    """How many tokens may be written after ``prompt`` tokens. Raises ApiError if they do not fit in whole canvases."""
     most = settings.max_prompt_tokens
     if most is not None and prompt > most:
-        raise _too_long(f"the prompt has {prompt} tokens; this server takes {most} at most")
+        raise _too_long(f"the prompt has {prompt} tokens; this server accepts at most {most}")
     room = (context - prompt) // canvas * canvas
     if room < 1:
-        raise _too_long(f"the prompt has {prompt} tokens, which leaves no room to answer in the model's context of {context}")
+        raise _too_long(f"the prompt has {prompt} tokens and leaves no room for a reply in the model's context of {context}")
     if options.max_tokens is None:
         return min(settings.max_tokens, room)
     if options.max_tokens > room:
         raise _too_long(
-            f"the prompt has {prompt} tokens, which leaves room for {room} in the model's context of {context}, "
-            f"and {options.max_tokens} were asked for",
+            f"{options.max_tokens} tokens do not fit: after the prompt of {prompt} tokens, the model's context of {context} has "
+            f"room for {room}",
             param="max_tokens",
         )
     return options.max_tokens
@@ -153,5 +153,5 @@ def _too_long(message: str, param: str | None = None) -> ApiError:
 
 
 def _fresh_seed() -> int:
-    """Of 53 bits: what reads JSON into doubles still reads it exactly."""
+    """A random seed of 53 bits, which is still exact where a client reads JSON numbers as doubles."""
     return secrets.randbits(53)

@@ -1,10 +1,10 @@
-"""What a request may say: bodies of JSON, checked and turned into our own options.
+"""Request bodies: checks the JSON, and turns it into our own options.
 
-Three kinds of fields are told apart. Known ones are checked strictly. Those of OpenAI's whose meaning cannot be kept (a format
-of the answer, a penalty, an image) are refused, unless they ask for nothing. All others are ignored, and named in
-:attr:`Options.ignored`, which goes back with the answer.
+There are three kinds of fields. Known fields are checked strictly. OpenAI's fields that the server cannot support (a response
+format, a penalty, an image) are refused, unless they ask for nothing. All other fields are ignored; their names are in
+:attr:`Options.ignored`, and the response repeats them.
 
-The first thing wrong is told as one line with the place of its field, as an :class:`~mlx_diffgemma.server.errors.ApiError`.
+The first mistake raises an :class:`~mlx_diffgemma.server.errors.ApiError`: one line that names the field.
 """
 
 import math
@@ -20,30 +20,30 @@ from mlx_diffgemma.editing.infilling import LEAST, MARKER, MOST, Hole
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.messages import Message, Tool, check_conversation, levels, template_messages
 
-#: How deep objects and lists may lie in one another: templates walk them with Python's own stack.
+#: How deep objects and lists may be nested. Templates walk them on Python's own stack.
 MAX_DEPTH = 32
-#: Choices that a request may ask for, over all its prompts.
+#: Choices that one request may ask for, over all its prompts.
 MAX_CHOICES = 16
-#: Below this a temperature counts as 0, which is greedy: float32 logits divided by less may overflow.
+#: A temperature below this counts as 0, which is greedy: float32 logits divided by a smaller number may overflow.
 MIN_TEMPERATURE = 1e-3
-#: Ignored fields that are named.
+#: Ignored fields that a response names at most.
 MAX_IGNORED = 32
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to answer, whatever the question.
+    """How to answer a request, on any route.
 
     Attributes:
-        model: the name that the client calls the model by; None where it calls it by none.
+        model: the model's name in the request; None if the request has none.
         mode: ``diffusion`` or ``causal``.
-        seed: of the first choice, 0 to 2^64 - 1; choice i takes seed + i. None for a fresh one.
-        stop: texts that end the answer, and are not part of it.
-        max_tokens: tokens to write at most; None for as many as the server allows.
-        temperature: 0 to 2; what it means depends on the mode, see :meth:`sampling`.
-        stream: answer by server-sent events; the four below are of those only.
+        seed: seed of the first choice, 0 to 2^64 - 1; choice i takes seed + i. None for a random seed.
+        stop: texts that end the reply, and are not part of it.
+        max_tokens: tokens to write at most; None for the server's default.
+        temperature: 0 to 2; its meaning depends on the mode, see :meth:`sampling`.
+        stream: send the response as server-sent events; the next three options are for streams only.
         include_usage: end the stream with the usage figures.
-        drafts: send every canvas as it is being denoised.
+        drafts: send the whole canvas after every denoising step.
         settled: send text as soon as the front of a canvas has settled, not a block at a time.
         ignored: names of fields that had no effect.
     """
@@ -66,10 +66,10 @@ class Options:
     ignored: tuple[str, ...] = ()
 
     def sampling(self, generation: GenerationConfig) -> dict[str, Any]:
-        """The sampler's options, without the length, over a checkpoint's own.
+        """The sampler's options, without the length, that override those of the checkpoint.
 
-        A temperature of 0 is greedy in both modes. In diffusion any other scales both ends of the checkpoint's schedule, so
-        that 1 is the checkpoint's own; in the causal mode it is the temperature.
+        A temperature of 0 is greedy in both modes. In the diffusion mode, any other temperature scales both ends of the
+        checkpoint's schedule, so that 1 is the checkpoint's own. In the causal mode it is the usual temperature.
         """
         if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
             tempered: dict[str, Any] = {"greedy": True}
@@ -87,7 +87,7 @@ class Options:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation to be answered: messages and tools as the chat template reads them."""
+    """A conversation to reply to, with messages and tools in the form that the chat template reads."""
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...]
@@ -97,7 +97,7 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """Texts, or token ids, to be gone on with."""
+    """Raw prompts to continue: texts, or token ids."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     options: Options
@@ -106,7 +106,7 @@ class CompletionRequest:
 @dataclass(frozen=True)
 class InfillRequest:
     """A text with holes; ``template``, ``marker``, ``prompt``, ``raw`` and ``system`` as in
-    :func:`mlx_diffgemma.editing.infilling.infill`. ``between`` tells that it was given as what is before and behind one hole."""
+    :func:`mlx_diffgemma.editing.infilling.infill`. ``between`` says that the client sent a prefix or a suffix, not a template."""
 
     template: str | tuple[str | Hole, ...]
     marker: str
@@ -123,7 +123,7 @@ def _one_or_more(value: Any) -> Any:
 
 
 def _prompts(value: Any) -> Any:
-    """A text or a list of token ids, as a list of one."""
+    """Put a single text, or a single list of token ids, into a list."""
     is_ids = isinstance(value, list) and value and all(type(token) is int for token in value)
     return [value] if isinstance(value, str) or is_ids else value
 
@@ -133,7 +133,7 @@ def _prompt(value: Any) -> str | list[int]:
         return value
     if isinstance(value, list) and value and all(type(token) is int for token in value):
         return value
-    raise PydanticCustomError("prompt", "a prompt must be a string or a list of token ids, and not empty")
+    raise PydanticCustomError("prompt", "a prompt must be a string or a list of token ids, and must not be empty")
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -157,7 +157,7 @@ class _TemplateOptions(BaseModel):
 
 
 class _Body(BaseModel):
-    """What the bodies of all three routes share."""
+    """Fields that all three routes share."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -169,7 +169,7 @@ class _Body(BaseModel):
 
 
 class _Generating(_Body):
-    """What chats and completions share."""
+    """Fields that chats and completions share."""
 
     mode: Literal["diffusion", "causal"] = "diffusion"
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -195,7 +195,7 @@ class _ChatBody(_Generating):
     def _not_forced(cls, value: Any) -> Any:
         if value is None or value in ("auto", "none"):
             return value
-        raise PydanticCustomError("tool_choice", "a call cannot be forced; tool_choice must be auto or none")
+        raise PydanticCustomError("tool_choice", "a tool call cannot be forced; tool_choice must be auto or none")
 
 
 class _CompletionBody(_Generating):
@@ -227,18 +227,18 @@ def _text_only(value: Any) -> bool:
     return value in (None, ["text"], {"type": "text"})
 
 
-#: Fields of OpenAI's whose meaning we cannot keep: what they may say all the same, and why they may not say more.
+#: OpenAI's fields that the server cannot support. For each: whether a value asks for nothing, and why others are refused.
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "response_format": (_text_only, "only plain text can be promised so far"),
+    "response_format": (_text_only, "the server can only promise plain text"),
     "modalities": (_text_only, "only text is supported"),
     "audio": (_nothing, "only text is supported"),
-    "frequency_penalty": (_nothing, "penalties are not supported"),
-    "presence_penalty": (_nothing, "penalties are not supported"),
-    "logit_bias": (_nothing, "biases are not supported"),
+    "frequency_penalty": (_nothing, "the sampler has no penalties"),
+    "presence_penalty": (_nothing, "the sampler has no penalties"),
+    "logit_bias": (_nothing, "the sampler has no biases"),
     "top_logprobs": (_nothing, "only the written tokens have log-probabilities"),
     "functions": (_nothing, "use tools instead"),
     "function_call": (lambda value: value in (None, "auto", "none"), "use tools instead"),
-    "web_search_options": (lambda value: value is None, "there is no web search"),
+    "web_search_options": (lambda value: value is None, "the server has no web search"),
 }
 _UNSUPPORTED_IN_COMPLETIONS = _UNSUPPORTED | {
     "suffix": (_nothing, "use /v1/infill, which takes a prefix and a suffix"),
@@ -246,14 +246,14 @@ _UNSUPPORTED_IN_COMPLETIONS = _UNSUPPORTED | {
     "best_of": (lambda value: value in (None, 1), "ask for more choices with n"),
 }
 _UNSUPPORTED_IN_INFILLS = _UNSUPPORTED | {
-    "stream": (_nothing, "the lengths of the holes are known in the end only"),
-    "n": (lambda value: value in (None, 1), "all lengths that were tried are in the answer"),
+    "stream": (_nothing, "the lengths of the holes are not known until the end"),
+    "n": (lambda value: value in (None, 1), "the response has every length that was tried"),
     "mode": (lambda value: value in (None, "diffusion"), "holes are filled by diffusion"),
 }
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body; refuses what is none, lies too deep, or holds numbers or text that are none."""
+    """The JSON object of a body. Raises ApiError for other JSON, too many levels, and invalid numbers or text."""
     try:
         content = from_json(body, allow_inf_nan=False)
     except ValueError as wrong:
@@ -265,19 +265,19 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def check_values(content: Any) -> None:
-    """Refuse what lies deeper than :data:`MAX_DEPTH`, and numbers too large for a float."""
+    """Refuse values nested deeper than :data:`MAX_DEPTH`, and numbers too large for a float."""
     for depth, level in enumerate(levels(content)):
         if depth > MAX_DEPTH:
-            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep")
+            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep")
         if any(isinstance(value, float) and not math.isfinite(value) for value in level):
-            raise ApiError(400, "the body holds a number that is out of range")
+            raise ApiError(400, "the body has a number that is out of range")
 
 
 def chat_request(content: dict[str, Any]) -> ChatRequest:
     """The body of ``/v1/chat/completions``."""
     body = _parsed(_ChatBody, content, _UNSUPPORTED)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise ApiError(400, "max_tokens and max_completion_tokens differ; leave out one", param="max_tokens")
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; send only one", param="max_tokens")
     check_conversation(body.messages)
     ignored = [] if body.parallel_tool_calls is not False else ["parallel_tool_calls"]
     thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
@@ -296,7 +296,7 @@ def completion_request(content: dict[str, Any]) -> CompletionRequest:
     """The body of ``/v1/completions``."""
     body = _parsed(_CompletionBody, content, _UNSUPPORTED_IN_COMPLETIONS)
     if (body.n or 1) * len(body.prompt) > MAX_CHOICES:
-        message = f"{len(body.prompt)} prompts with {body.n} choices each are too many; {MAX_CHOICES} texts a request at most"
+        message = f"{len(body.prompt)} prompts with {body.n} choices each are too many; a request may have {MAX_CHOICES} in all"
         raise ApiError(400, message, param="n")
     prompts = (prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompt)
     return CompletionRequest(tuple(prompts), _options(body, body.max_tokens, body.logprobs is not None, []))
@@ -307,13 +307,14 @@ def infill_request(content: dict[str, Any]) -> InfillRequest:
     body = _parsed(_InfillBody, content, _UNSUPPORTED_IN_INFILLS)
     between = body.template is None
     if between == (body.prefix is None and body.suffix is None):
-        raise ApiError(400, "give either a template with holes, or a prefix and a suffix", param="template")
+        raise ApiError(400, "send either a template with holes, or a prefix, a suffix or both", param="template")
     if body.prompt is not None and body.messages is not None:
-        raise ApiError(400, "give a prompt or messages, or neither", param="prompt")
+        raise ApiError(400, "send a prompt or messages or neither, not both", param="prompt")
     if body.raw and (body.messages is not None or body.system is not None):
-        raise ApiError(400, "a raw text has no chat: leave out raw, or messages and system", param="raw")
+        raise ApiError(400, "a raw text has no chat; leave out raw, or leave out messages and system", param="raw")
     if body.min_hole_tokens > body.max_hole_tokens:
-        raise ApiError(400, "min_hole_tokens exceeds max_hole_tokens", param="min_hole_tokens")
+        message = f"min_hole_tokens {body.min_hole_tokens} exceeds max_hole_tokens {body.max_hole_tokens}"
+        raise ApiError(400, message, param="min_hole_tokens")
     template: str | tuple[str | Hole, ...] = body.template or ""
     if between:
         hole = Hole(body.min_hole_tokens, body.max_hole_tokens)
@@ -334,7 +335,7 @@ def infill_request(content: dict[str, Any]) -> InfillRequest:
 def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored: Sequence[str]) -> Options:
     stream = body.stream_options or _StreamOptions()
     causal = body.mode == "causal"
-    top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None  # others write 0 or -1 for all
+    top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None  # other servers take 0 or -1 for no limit
     without_effect = {
         "top_p": not causal and body.top_p not in (None, 1),
         "top_k": not causal and top_k is not None,
@@ -362,7 +363,7 @@ def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored:
 
 
 def _seed(seed: int | None) -> int | None:
-    """OpenAI's seeds are signed; ours are the same bits without a sign."""
+    """The same bits without a sign: OpenAI's seeds are signed, ours are not."""
     return None if seed is None else seed % 2**64
 
 
@@ -382,12 +383,12 @@ def _parsed(kind: type[Body], content: Mapping[str, Any], unsupported: Mapping[s
 
 
 def _place(location: Sequence[str | int]) -> str:
-    """A place in a body as it is written in JavaScript: ``messages[0].content``."""
+    """The path of a field, written as in JavaScript: ``messages[0].content``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
 
 
 def _ignored(model: BaseModel, prefix: str = "") -> Iterator[str]:
-    """The fields of a body that its model does not know, those inside of known ones included, each named once."""
+    """The names of a body's unknown fields, including those inside known fields, each once."""
     seen = set()
     for name in _unknown(model, prefix):
         if name not in seen:

@@ -1,4 +1,4 @@
-"""The routes that make the model work: each reads a request, has the engine answer it, and tells the answer."""
+"""The routes that use the model: each reads a request, runs it on the engine, and sends the response."""
 
 import asyncio
 import time
@@ -26,12 +26,12 @@ from mlx_diffgemma.writing import Content, Reasoning, ToolCall
 
 T = TypeVar("T")
 
-#: Events of which a client is told something.
+#: Events that become text or tool calls in a response.
 _PARTS = (Reasoning, Content, ToolCall)
 
 
 class ModelRoutes:
-    """The routes, over one engine; keys and values are kept from request to request."""
+    """The routes of one engine. They share a prefix cache, which keeps keys and values from request to request."""
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
@@ -39,7 +39,7 @@ class ModelRoutes:
         metrics.watch(self.kept)
         tokenizer = engine.model.tokenizer
         self.cell = lru_cache(1 << 16)(lambda token: tokenizer.decode([token]))
-        self.preparing = asyncio.Semaphore(1)  # one prompt at a time: tokenizers are not made for several threads
+        self.preparing = asyncio.Semaphore(1)  # one prompt at a time: tokenizers are not thread-safe
 
     async def chat(self, request: Request) -> Response:
         chat = requests.chat_request(await self._body(request))
@@ -64,7 +64,7 @@ class ModelRoutes:
         return requests.read_json(await read_body(request, self.settings.max_body))
 
     async def _prepared(self, prepare: Callable[..., T], *arguments: Any) -> T:
-        """What ``prepare`` makes of a model and the arguments; long texts do not keep the event loop waiting."""
+        """Call ``prepare`` with the model and the arguments, in a thread: a long text must not block the event loop."""
         async with self.preparing:
             try:
                 return await asyncio.to_thread(prepare, self.engine.model, *arguments)
@@ -72,7 +72,7 @@ class ModelRoutes:
                 raise ApiError(400, str(wrong)) from None
 
     def _running(self, request: Request, work: Callable[[], Iterator[T]]) -> Running[T]:
-        # The address of the connection, not what a header says: turns are shared by it.
+        # Each client address gets its share of turns, so it is the connection's own: a header could name any address.
         client = request.client.host if request.client else ""
         return Running(self.engine, work, request.receive, client=client, seconds=self.settings.timeout)
 
@@ -103,7 +103,7 @@ class ModelRoutes:
         return _json(answer.whole())
 
     def _listener(self, request: Request, answer: Answer) -> Callable[[ReplyEvent], None]:
-        """Counts what a request's events tell."""
+        """Returns the function that counts a request's events."""
         started, route, state = request.state.started, request.url.path, request.state
         silent = True
 

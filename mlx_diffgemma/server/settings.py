@@ -1,4 +1,4 @@
-"""How to serve: what an operator decides."""
+"""The server's settings, which the operator chooses."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from mlx_diffgemma.server.errors import ApiError
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve.
+    """The server's settings.
 
     Attributes:
-        name: what clients call the model.
-        api_key: what they have to know; None for nothing.
-        max_tokens: tokens to write where a client says nothing.
-        max_prompt_tokens: of one prompt; None for as many as fit the model's context.
-        max_body: bytes.
-        timeout: seconds that the answer to a request may take, waiting included; None for any.
-        cache_memory: bytes of keys and values that are kept from earlier requests.
+        name: the model's name, as clients know it.
+        api_key: key that clients must send; None if they need none.
+        max_tokens: tokens to write at most when a request does not say.
+        max_prompt_tokens: tokens of one prompt at most; None for as many as fit the model's context.
+        max_body: bytes of a request body at most.
+        timeout: seconds that a request may take, including the time in the queue; None for no limit.
+        cache_memory: bytes of keys and values that are kept from earlier requests, at most.
         cors_origins: other sites whose pages may use this server.
-        hosts: names that a request's Host header may say, without the port; empty for any.
+        hosts: names that the Host header may have, without the port; empty for any.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model; one that names none is for this one."""
+        """Refuse a request for another model. A request that names no model is for this one."""
         if name not in (None, self.name):
-            message = f"there is no such model here; this server has {self.name}"
+            message = f"this server does not have that model; it serves {self.name}"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -1,4 +1,4 @@
-"""From the engine's thread to a client's connection: the events of one request, in order, in bounded memory."""
+"""Carries the events of one request from the engine's thread to the client's connection, in order and in bounded memory."""
 
 import asyncio
 import threading
@@ -22,28 +22,28 @@ from mlx_diffgemma.server.middleware import LEFT, unexpected
 
 T = TypeVar("T")
 
-#: How long a client may take nothing of a stream before it counts as gone.
+#: A client that takes nothing of a stream for this many seconds counts as gone.
 SEND_SECONDS = 60.0
-#: A stream in which nothing has happened for this long says so, for what closes silent connections on the way.
+#: A stream without an event for this many seconds sends a comment, so that no proxy closes the silent connection.
 KEEP_ALIVE_SECONDS = 10.0
 
 
 class Left(Exception):
-    """The client is not there any more."""
+    """The client has left."""
 
 
 class Running(Generic[T]):
-    """Work that has been handed to the engine; its results, by ``async for`` within ``async with``.
+    """Work that was submitted to the engine. Read its results with ``async for`` inside ``async with``.
 
-    An iteration gives None where nothing has happened for :data:`KEEP_ALIVE_SECONDS`, and raises :class:`Left` once the client
-    has closed its connection, or ApiError where the work fails. Whatever ends the ``async with`` ends the work.
+    An iteration gives None when nothing has happened for :data:`KEEP_ALIVE_SECONDS`. It raises :class:`Left` when the client has
+    closed its connection, and ApiError when the work fails. The work ends when the ``async with`` ends.
 
     Args:
-        client: whom the engine's turns are shared by.
-        seconds: that the work may take, from now on.
+        client: the client's name for the engine, which shares its turns among clients.
+        seconds: seconds that the work may take, from now on; None for no limit.
 
     Raises:
-        ApiError: the engine takes no more work, for now (429) or for good (503).
+        ApiError: the engine takes no more work, because its queue is full (429) or because it is stopping (503).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Running(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._watcher.cancel()
-        self._job.cancel()  # does nothing where it has finished
+        self._job.cancel()  # does nothing if it has finished
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -92,7 +92,7 @@ class Running(Generic[T]):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What the client is told of an error in the engine."""
+    """The error for the client when the engine or the work raised ``error``."""
     answers: dict[type[BaseException], Callable[[Any], ApiError]] = {
         ApiError: lambda error: error,
         InputError: lambda error: ApiError(400, str(error)),
@@ -110,23 +110,23 @@ def api_error(error: BaseException) -> ApiError:
 
 
 class Mailbox(Generic[T]):
-    """What has been delivered and not been taken yet. Made within the event loop that takes.
+    """Items that were delivered and not taken yet. Create it in the event loop that takes them.
 
-    Text must all arrive, and its length is bounded by what a request may write. Drafts may be left out: of a client that reads
-    more slowly than the canvas changes, the oldest ones are dropped.
+    All text must arrive; its length is bounded by what a request may write. Drafts may be lost: when a client reads more slowly
+    than the canvas changes, the oldest drafts are dropped.
 
     Args:
-        max_drafts: drafts that wait at most.
+        max_drafts: drafts that the mailbox holds at most.
     """
 
     def __init__(self, max_drafts: int = 64) -> None:
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         self._lock, self._count, self._max_drafts = threading.Lock(), 0, max_drafts
-        self._items: deque[tuple[int, T]] = deque()  # numbered
-        self._drafts: deque[int] = deque()  # the numbers of those that may be dropped
+        self._items: deque[tuple[int, T]] = deque()  # each with its number
+        self._drafts: deque[int] = deque()  # the numbers of the drafts, which may be dropped
 
     def deliver(self, item: T, *, draft: bool = False) -> None:
-        """Put something in. For any thread."""
+        """Put an item in. Any thread may call this."""
         with self._lock:
             if draft:
                 if len(self._drafts) == self._max_drafts:
@@ -135,11 +135,11 @@ class Mailbox(Generic[T]):
                 self._drafts.append(self._count)
             self._items.append((self._count, item))
             self._count += 1
-        with suppress(RuntimeError):  # the loop is closed: nobody is there to take
+        with suppress(RuntimeError):  # the loop is closed, so nobody will take the item
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def take(self, seconds: float | None = None) -> T:
-        """The oldest item, as soon as there is one; raises TimeoutError after ``seconds``. For one taker."""
+        """Take the oldest item; wait if there is none. Raises TimeoutError after ``seconds``. Only one task may take items."""
         while True:
             with self._lock:
                 if self._items:
@@ -153,7 +153,7 @@ class Mailbox(Generic[T]):
 
 
 class EventStream(Response):
-    """An answer as it comes, by server-sent events."""
+    """A response that is sent while it is written, as server-sent events."""
 
     media_type = "text/event-stream"
 
@@ -165,7 +165,7 @@ class EventStream(Response):
         left: Callable[[], Any],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["Content-Length"]  # it ends when it ends
+        del self.headers["Content-Length"]  # the length is not known in advance
         self.running, self.answer, self.heard, self.left = running, answer, heard, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

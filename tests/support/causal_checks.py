@@ -1,4 +1,4 @@
-"""What the tests of the causal mode and of scoring share."""
+"""Helpers for the tests of the causal mode and of scoring."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,12 +15,12 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def picked(logprobs: NDArray[Any], tokens: NDArray[np.int32]) -> NDArray[Any]:
-    """Of log-probabilities [.., V], those of tokens [..]."""
+    """The log-probabilities of tokens [..], from log-probabilities [.., V]."""
     return np.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
 
 
 def written(events: Iterable[Any]) -> NDArray[np.int32]:
-    """The new tokens [N] of either sampler."""
+    """The new tokens [N], from the events of either sampler."""
     tokens: list[int] = []
     for event in events:
         if isinstance(event, Block):

@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of everything around the model: tiny ones that can be talked to, and the hub's as headers only."""
+"""Checkpoints for tests of the code around the model: tiny ones that can chat, and the hub's with headers only."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from support.tiny_tokenizer import write_tokenizer
 
 ITEMSIZE = {"BF16": 2, "U32": 4}
 
-#: The hub's checkpoints: the folder of their JSON in ``data``, and the table of their tensors.
+#: The hub's checkpoints: the folder of their JSON in ``data`` -> the table of their tensors.
 HUB = {"hub_bf16": "weights.tsv", "hub_4bit": "weights_mlx_4bit.tsv"}
 
 VOCAB_SIZE, CANVAS, CONTEXT = 512, 8, 512
@@ -42,7 +42,7 @@ CHAT_SHAPE = {
 
 
 def make_chat_checkpoint(folder: Path) -> Path:
-    """A model of random weights with a tokenizer: it writes at once and without sense, in all the bytes there are."""
+    """A model of random weights with a tokenizer. It writes quickly, and its text is nonsense that may hold any byte."""
     make_checkpoint(folder, CHAT_SHAPE, logit_std=6.0)
     write_tokenizer(folder, VOCAB_SIZE)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
@@ -52,13 +52,13 @@ def make_chat_checkpoint(folder: Path) -> Path:
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    """Set keys of the JSON object in a file; those set to None are taken out."""
+    """Set keys of the JSON object in a file. Keys set to None are removed."""
     content = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def make_hub_layout(folder: Path, layout: str) -> Path:
-    """A checkpoint of :data:`HUB`: its JSON, and one safetensors file of the right header whose data is a hole in the file."""
+    """A checkpoint of :data:`HUB`: its JSON, and one safetensors file with the right header and a sparse hole for the data."""
     shutil.copytree(DATA / layout, folder)
     header: dict[str, Any] = {}
     end = 0

@@ -1,16 +1,16 @@
-"""Which backends are tested, and how closeness is asserted."""
+"""Which backends are tested, and an assertion that two arrays are close."""
 
 import os
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-#: Both, or those that the variable names.
+#: Both backends, or those that the environment variable names.
 BACKENDS = tuple(os.environ.get("MLX_DIFFGEMMA_TEST_BACKENDS", "mlx,torch").split(","))
 
 
 def assert_close(actual: ArrayLike, expected: ArrayLike, atol: float, what: str) -> None:
-    """Assert that two arrays of one shape differ nowhere by more than ``atol``; prints the maximum and the mean difference."""
+    """Assert that two arrays have one shape and differ nowhere by more than ``atol``. Prints the largest and mean difference."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     difference = np.abs(actual - expected)

@@ -1,4 +1,4 @@
-"""What the converter's tests share: a small source, the command, and how its refusals are asserted."""
+"""Helpers for the converter's tests: a small source checkpoint, the command, and assertions about its errors."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.errors import DiffGemmaError
 from support.reference import make_checkpoint
 
-#: Large enough for groups of 128 everywhere but in the experts' down_proj, whose rows have 64.
+#: Large enough for groups of 128 everywhere except in the experts' down_proj, whose rows have 64 weights.
 SHAPE = {
     "canvas_length": 8,
     "text_config": {
@@ -34,7 +34,7 @@ SHAPE = {
     },
 }
 
-#: One layer whose experts, and an embedding, are each read in several pieces of PIECE_BYTES, the last of them not full.
+#: One layer. Its experts and the embedding are each read in several pieces of PIECE_BYTES, and the last piece is not full.
 LARGE = {
     "canvas_length": 8,
     "text_config": {
@@ -48,7 +48,7 @@ LARGE = {
 
 
 def make_source(folder: Path, shape: Mapping[str, Any] = SHAPE) -> Path:
-    """A BF16 checkpoint as transformers saves it, with the files of a tokenizer, and one that is none of a model's."""
+    """A BF16 checkpoint as transformers saves it, with tokenizer files and one file that does not belong to a model."""
     make_checkpoint(folder, shape, bfloat16=True)
     for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json", "training_log.json"):
         (folder / name).write_text(f"the content of {name}")
@@ -56,19 +56,19 @@ def make_source(folder: Path, shape: Mapping[str, Any] = SHAPE) -> Path:
 
 
 def run(source: Path, target: Path, *options: str) -> Result:
-    """Run the command, in this process."""
+    """Run the command in this process."""
     return CliRunner().invoke(convert, [str(source), str(target), *options])
 
 
 def converted(source: Path, target: Path, *options: str) -> Path:
-    """Run the command, which must succeed; returns ``target``."""
+    """Run the command, assert that it succeeds, and return ``target``."""
     result = run(source, target, *options)
     assert result.exit_code == 0, result.output
     return target
 
 
 def refused(result: Result, kind: type[DiffGemmaError], message: str) -> None:
-    """Assert that the command ended with this error, said in one line."""
+    """Assert that the command ended with this error, in one line."""
     assert type(result.exception) is kind, f"{result.exception!r}; expected {kind.__name__}"
     print(result.exception)
     assert message in str(result.exception)

@@ -1,4 +1,4 @@
-"""A backend that computes nothing: it answers by a script, and keeps what it was asked."""
+"""A fake backend: it computes nothing, returns scripted results, and records its calls."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ MODEL = ModelConfig(
 
 
 class FakeCache(list[int]):
-    """The tokens that a cache would hold, at 10 bytes a position.
+    """The tokens that a cache would hold. Each position counts as 10 bytes.
 
     Attributes:
-        denoised: how long it was, each time that a row over it was denoised.
+        denoised: the cache's length at each denoising step that used it.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
@@ -45,8 +45,8 @@ class Asked:
     """A row that the fake was asked to denoise.
 
     Attributes:
-        block, step: of its text: how many canvases its cache had before, from 0, and steps in this one, from 1.
-        cached: the tokens in its cache.
+        block, step: the row's block in its text, counted from 0, and the step in that block, counted from 1.
+        cached: the tokens in the row's cache.
     """
 
     row: Row
@@ -60,21 +60,21 @@ class Asked:
         return tokens
 
 
-#: Argmax, sampled and entropy of a row; see :func:`full`.
+#: The argmax, sampled and entropy of a row; see :func:`full`.
 Answer = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
 
 
 @dataclass
 class FakeBackend:
-    """Answers a row by ``script``; frozen positions answer themselves, as everywhere.
+    """Returns the result of ``script`` for each row. Frozen positions keep their tokens, as in every backend.
 
     Attributes:
-        causal, canvas: log-probabilities of token ids, in ``score`` and in ``score_canvas``.
-        following: the likeliest token after those in a cache, in ``next_logits``; by default their number.
-        head: logits [N, V] of a piece or a row, in ``logits``; zeros by default.
-        during: called within each call, with its method's name and its parts.
-        peak: what ``peak_memory`` tells.
-        calls: the methods that were called, and of each part its tokens.
+        causal, canvas: log-probabilities of token ids, for ``score`` and ``score_canvas``.
+        following: the likeliest token after those in a cache, for ``next_logits``; by default their number.
+        head: logits [N, V] of a piece or a row, for ``logits``; by default zeros.
+        during: called within each call, with the method's name and the parts.
+        peak: the result of ``peak_memory``.
+        calls: the methods that were called, each with the tokens of its parts.
         asked: the rows that were denoised, in order.
     """
 
@@ -149,7 +149,7 @@ class FakeBackend:
         self.during(method, parts)
 
     def tokens_of(self, method: str) -> list[list[list[int]]]:
-        """Of each call of a method, its parts' tokens."""
+        """The tokens of the parts, for each call of a method."""
         return [tokens for name, tokens in self.calls if name == method]
 
 
@@ -158,14 +158,14 @@ def _tokens(part: Piece | Row) -> NDArray[np.int32]:
 
 
 def full(tokens: Any, entropy: Any = 0.0, sampled: Any = None, *, width: int = L) -> Answer:
-    """An answer for one row; ``tokens``, ``entropy`` and ``sampled`` broadcast over the canvas."""
+    """A result for one row. ``tokens``, ``entropy`` and ``sampled`` are broadcast over the canvas."""
     argmax = np.broadcast_to(np.asarray(tokens, np.int32), (width,))
     drawn = argmax if sampled is None else np.broadcast_to(np.asarray(sampled, np.int32), (width,))
     return argmax, drawn, np.broadcast_to(np.asarray(entropy, np.float32), (width,))
 
 
 def writes(text: Callable[[Asked], list[int]], pad: int = 0) -> Callable[[Asked], Answer]:
-    """A script that is sure of the tokens that ``text`` gives for a canvas, and of padding behind them."""
+    """A script that returns, with entropy 0, the tokens that ``text`` gives for a canvas, followed by padding."""
 
     def script(asked: Asked) -> Answer:
         width = len(asked.canvas)

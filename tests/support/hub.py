@@ -1,4 +1,4 @@
-"""A hub of our own on this machine, that answers what it is told to: the downloader is the real one."""
+"""A fake hub on this machine that sends scripted responses. The downloader in these tests is the real one."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ COMMIT = "1" * 40
 
 @contextmanager
 def serve(answer: Answer) -> Iterator[str]:
-    """The address, for HF_ENDPOINT."""
+    """Run the fake hub; gives its address, for HF_ENDPOINT."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -45,12 +45,12 @@ def serve(answer: Answer) -> Iterator[str]:
 
 
 def refuse(status: int, code: str | None = None) -> Answer:
-    """Every request is refused; ``code`` is what the hub says of the reason."""
+    """Refuse every request; ``code`` is the hub's error code for the reason."""
     return lambda method, path: (status, {"X-Error-Code": code} if code else {}, b'{"error": "refused"}')
 
 
 def drop_downloads(method: str, path: str) -> tuple[int, Mapping[str, str], bytes] | None:
-    """A repository of one file, whose download breaks off after the first byte."""
+    """A repository of one file whose download breaks off after the first byte."""
     if "/tree/" in path:
         return 200, {}, json.dumps([{"type": "file", "path": "config.json", "oid": COMMIT, "size": 100}]).encode()
     if path.startswith("/api/"):
@@ -59,5 +59,5 @@ def drop_downloads(method: str, path: str) -> tuple[int, Mapping[str, str], byte
 
 
 def captive_portal(method: str, path: str) -> tuple[int, Mapping[str, str], bytes]:
-    """What a hotel's network answers to everything."""
+    """The login page that a hotel's network returns for every request."""
     return 200, {"Content-Type": "text/html"}, b"<html>Please log in</html>"

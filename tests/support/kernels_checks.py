@@ -1,6 +1,6 @@
-"""The Triton kernels against float64 products, and rows of them against the same rows alone.
+"""Compares the Triton kernels with float64 products, and rows of a batch with the same rows alone.
 
-test_kernels.py runs this in a process of its own, interpreted or on CUDA.
+test_kernels.py runs this in a separate process, interpreted or on CUDA.
 """
 
 import os
@@ -20,13 +20,13 @@ from support.comparing import assert_close
 from support.packed import FORMATS, identifier, pack
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-# Triton's interpreter multiplies the bit patterns of bfloat16 as integers; it does float16 right, which takes the same way.
+# Triton's interpreter multiplies the bit patterns of bfloat16 as integers. float16 works there, and takes the same code path.
 HALF, PRECISION = (torch.float16, 2**-10) if DEVICE == "cpu" else (torch.bfloat16, 2**-7)
 SCALES = {"affine": mx.float16}
-COUNTS = np.array([0, 1, 0, 19, 3, 0])  # rows of each expert: some have none, one has more than a block of 16
-OUT = 75  # more than one block of 64, the last not full
+COUNTS = np.array([0, 1, 0, 19, 3, 0])  # rows of each expert; some have none, one has more than a block of 16
+OUT = 75  # more than one block of 64; the last one is not full
 
-# The formats whose rows are compared to the bit, with activations of ``HALF``; one of them also in float32.
+# The formats whose rows are compared bit for bit, with activations of ``HALF``; one of them also with float32.
 EXACT = [Quantization(64, 4), Quantization(64, 8), Quantization(32, 5), *(q for q in FORMATS if q.mode != "affine")]
 
 each_format = pytest.mark.parametrize("quantization", FORMATS, ids=identifier)
@@ -44,7 +44,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def size(quantization: Quantization) -> int:
-    """Three groups, but of at least 32: where groups are small, not a whole number of the kernels' blocks of 64 and 128."""
+    """Three groups, each counted as at least 32. For small groups this is not a multiple of the kernels' blocks of 64 and 128."""
     return 3 * max(quantization.group_size, 32)
 
 
@@ -70,7 +70,7 @@ def test_expert_linear(quantization: Quantization) -> None:
 
 @each_format
 def test_weighted_rows(quantization: Quantization) -> None:
-    packed, values = weight(quantization, 75, size(quantization))  # more than one part of the sum, the last not full
+    packed, values = weight(quantization, 75, size(quantization))  # more than one part of the sum; the last one is not full
     p = normal(3, 75)
     y = kernels.weighted_rows(p, *packed, quantization)
     assert_close(y.cpu(), p.cpu().double().numpy() @ values, 1e-4, "weighted rows")
@@ -78,7 +78,7 @@ def test_weighted_rows(quantization: Quantization) -> None:
 
 @pytest.mark.parametrize("quantization", [q for q in FORMATS if q.group_size in (16, 64) or q.mode != "affine"], ids=identifier)
 def test_half_precision(quantization: Quantization) -> None:
-    """Widened weights and results are rounded, sums are not: errors stay within one rounding of the largest value."""
+    """Widened weights and results are rounded, sums are not. So errors stay within one rounding of the largest value."""
     packed, values = weight(quantization, OUT, size(quantization))
     x, p = normal(21, size(quantization)).to(HALF), normal(3, OUT).to(HALF)
     for y, product in (
@@ -100,7 +100,7 @@ def test_no_rows() -> None:
 
 
 def test_tiles_do_not_follow_the_number_of_rows() -> None:
-    """They say how sums are cut, and are made of a matrix alone. ``block_m``, which the rows choose, cuts no sum."""
+    """Tiles decide how sums are divided, and depend only on the matrix. ``block_m`` depends on the rows but divides no sum."""
     for n_size, matrices in ((37, 1), (4096, 1), (262144, 1), (1408, 128), (2816, 128)):
         half, full = (LinearTiles.of(n_size, matrices, dtype) for dtype in (torch.bfloat16, torch.float32))
         assert half == LinearTiles.of(n_size, matrices, torch.float16)
@@ -117,7 +117,7 @@ def test_tiles_do_not_follow_the_number_of_rows() -> None:
 
 
 def in_order(a: np.ndarray, b: np.ndarray, backwards: bool = False) -> np.ndarray:
-    """The float32 product of two matrices, one term after another: an element has the same bits in a matrix of any size."""
+    """The float32 product of two matrices, summed term by term. An element has the same bits in a matrix of any size."""
     a, b = a.astype(np.float32), b.astype(np.float32)  # products of half precision are exact
     total = np.zeros((a.shape[0], b.shape[1]), np.float32)
     for k in range(a.shape[1])[:: -1 if backwards else 1]:
@@ -127,10 +127,10 @@ def in_order(a: np.ndarray, b: np.ndarray, backwards: bool = False) -> np.ndarra
 
 @pytest.fixture
 def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Interpreted dots, in an order that follows only what it may on tensor cores: the terms, and the first dimension.
+    """Make the interpreter sum dots in an order that depends, as on tensor cores, only on the terms and the first dimension.
 
-    That dimension decides the instruction. The interpreter itself leaves dots to BLAS, whose order may follow more: the other
-    dimension, a column's place in it, the machine. All dots of a test must have first operands of one shape.
+    The first dimension decides the instruction. The interpreter itself leaves dots to BLAS, whose order may also depend on the
+    other dimension, a column's place in it, and the machine. The first operands of all dots of a test must have one shape.
     """
     shapes = set()
 
@@ -148,19 +148,19 @@ def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def repeated(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Of four parts seven: the first three, again the first three, and the fourth."""
+    """Turn four parts into seven: the first three, the first three again, and the fourth."""
     parts = torch.tensor([0, 1, 2, 0, 1, 2, 3], device=x.device)
     return x.unflatten(dim, (4, -1)).index_select(dim, parts).flatten(dim, dim + 1)
 
 
 def repeating(quantization: Quantization, *shape: int, dim: int) -> tuple[Any, np.ndarray]:
-    """A weight of four parts along ``dim``, ``repeated``: as the kernels take it, and its values."""
+    """A weight of four parts along ``dim``, passed through ``repeated``: in the kernels' form, and its values."""
     packed, values = weight(quantization, *shape)
     return tuple(None if x is None else repeated(x, dim) for x in packed), repeated(torch.from_numpy(values), dim).numpy()
 
 
 def cancelling(rows: int, terms: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows for a weight that is ``repeated``: large terms of all sizes cancel, and what is left shows how sums were rounded."""
+    """Rows for a ``repeated`` weight. Large terms of all sizes cancel, and the rest shows how sums were rounded."""
     sizes = torch.from_numpy(np.random.default_rng(4).integers(0, 14, (rows, terms // 7 * 3))).to(DEVICE)
     large, small = normal(*sizes.shape) * 2.0**sizes, normal(rows, terms // 7) / 32
     return torch.cat((large, -large, small), dim=1).to(dtype)
@@ -171,7 +171,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, moved: torch.Tensor, counts: list[int]) -> None:
-    """Rows have the same bits when they are ``moved``, and when only the last ``count`` are there."""
+    """Assert that rows have the same bits when they are ``moved``, and when only the last ``count`` rows are passed."""
     whole = bits(product(x))
     assert torch.equal(bits(product(x[moved])), whole[moved])
     for count in counts:
@@ -179,7 +179,7 @@ def check_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
             assert torch.equal(bits(product(x[-count:])), whole[-count:]), f"{count} rows"
 
 
-# In float32 blocks have fewer rows, and the test has too.
+# In float32, blocks have fewer rows, so the test uses fewer rows too.
 each_exact = pytest.mark.parametrize(
     ("quantization", "dtype", "rows"),
     [*((q, HALF, 300) for q in EXACT), (EXACT[0], torch.float32, 70)],
@@ -189,7 +189,7 @@ each_exact = pytest.mark.parametrize(
 
 @each_exact
 def test_sums_in_another_order_have_other_bits(quantization: Quantization, dtype: torch.dtype, rows: int) -> None:
-    """The tests below, which have the same values, would see one."""
+    """The tests below use the same values, so they would detect another order."""
     by_row = repeating(quantization, 37, 4 * max(quantization.group_size, 32), dim=1)[1]
     by_column = repeating(quantization, 4 * 29, size(quantization), dim=0)[1].T
     for values in (by_row, by_column):
@@ -197,7 +197,7 @@ def test_sums_in_another_order_have_other_bits(quantization: Quantization, dtype
         x = cancelling(rows, w.shape[1], dtype).cpu().float().numpy().T
 
         def product(block: int, blocks: int, backwards: bool = False, w: np.ndarray = w, x: np.ndarray = x) -> torch.Tensor:
-            """A sum of parts of so many ``blocks``."""
+            """The sum in parts of ``blocks`` blocks each."""
             dots = [in_order(w[:, k : k + block], x[k : k + block], backwards) for k in range(0, len(x), block)]
             parts = [sum(dots[first : first + blocks]) for first in range(0, len(dots), blocks)]
             return bits(torch.from_numpy(sum(parts)).to(dtype))
@@ -223,14 +223,14 @@ def test_expert_linear_is_the_same_for_a_row_alone(quantization: Quantization, d
     x = cancelling(rows, values.shape[2], dtype)
 
     def ends(rows: int) -> torch.Tensor:
-        """Of the experts of the last ``rows`` of 300."""
+        """The ends of the experts among the last ``rows`` of 300 rows."""
         return (torch.tensor([0, 7, 150, 150, 280, 300]) - 300 + rows).clamp(min=0).int()
 
     def product(x: torch.Tensor) -> torch.Tensor:
         return kernels.expert_linear(x, ends(len(x)).to(DEVICE), *packed, quantization)
 
     moved = torch.cat([torch.arange(start, end).flip(0) for start, end in pairwise([0, *ends(rows).tolist()])])
-    counts = [1, 48, 49, 96, 97, 192, 193]  # of 8, 16 and 32 an expert, and one more: blocks are of twice the mean
+    counts = [1, 48, 49, 96, 97, 192, 193]  # 8, 16 and 32 rows per expert, and one more; a block holds twice the mean
     check_rows(product, x, moved, counts)
 
 

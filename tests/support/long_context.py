@@ -1,4 +1,4 @@
-"""A checkpoint with the released model's attention, and caches that are full without being encoded."""
+"""A checkpoint with the released model's attention, and caches that are filled without encoding."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from support.reference import make_checkpoint
 
 WINDOW, CONTEXT = 1024, 262_144
 
-#: 16 heads; 8 key-value heads of 256 on the sliding layer, 2 of 512 on the full one; hardly a model around them.
+#: 16 heads; 8 key-value heads of 256 on the sliding layer, 2 of 512 on the full one. The rest of the model is tiny.
 SHAPE: dict[str, Any] = {
     "canvas_length": 256,
     "text_config": {
@@ -59,7 +59,7 @@ def filled(backend: Backend, length: int, seed: int = 0) -> Cache:
 
 
 def array_of(backend_name: str, array: NDArray[np.float32]) -> Any:
-    """The array in a backend's framework."""
+    """Convert an array to a backend's framework."""
     if backend_name == "torch":
         import torch
 

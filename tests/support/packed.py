@@ -1,4 +1,4 @@
-"""Weights packed by ``mx.quantize``, for the tests of both wings."""
+"""Weights packed by ``mx.quantize``, for the tests of both backends."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ FORMATS = [*AFFINE, Quantization(32, 4, "mxfp4"), Quantization(32, 8, "mxfp8"), 
 
 
 class Packed(NamedTuple):
-    """A packed weight as MLX arrays by their checkpoint names, and the values it stands for, float32."""
+    """A packed weight as MLX arrays by their checkpoint names, and the float32 values that it represents."""
 
     arrays: dict[str, mx.array]
     values: NDArray[np.float32]
@@ -25,14 +25,14 @@ class Packed(NamedTuple):
 
 
 def pack(quantization: Quantization, *shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> Packed:
-    """A random weight [.., out, in], standard normal; affine scales and biases come in ``dtype``."""
+    """A random weight [.., out, in], standard normal. Affine scales and biases are in ``dtype``."""
     weight = mx.array(np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
     arrays = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, **arguments(quantization)), strict=False))
     return Packed(arrays, np.array(unpack(quantization, **arrays)))
 
 
 def unpack(quantization: Quantization, weight: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
-    """What MLX makes of a packed weight, in float32 throughout."""
+    """Dequantize a packed weight with MLX, in float32 throughout."""
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(weight, scales, biases, dtype=mx.float32, **arguments(quantization))
@@ -43,7 +43,7 @@ def arguments(quantization: Quantization) -> dict[str, int | str]:
 
 
 def as_torch(array: mx.array) -> torch.Tensor:
-    if array.dtype == mx.bfloat16:  # NumPy has none
+    if array.dtype == mx.bfloat16:  # NumPy has no bfloat16
         return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
 

@@ -1,4 +1,4 @@
-"""The tensors of the released checkpoint, and of its 4-bit conversion on the hub, from the tables in ``data``."""
+"""The tensors of the released checkpoint and of its 4-bit conversion on the hub, from the tables in ``data``."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ LAYERS, FULL_LAYERS = 30, (5, 11, 17, 23, 29)
 
 
 def stored_tensors(table: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Stored name -> (shape, safetensors dtype) of ``weights.tsv`` or ``weights_mlx_4bit.tsv``, one line a kind of tensor."""
+    """Stored name -> (shape, safetensors dtype) from ``weights.tsv`` or ``weights_mlx_4bit.tsv``, a line per kind of tensor."""
     tensors = {}
     for line in (DATA / table).read_text().splitlines()[2:-1]:
         pattern, shape, dtype, count, _, layers = line.split("\t")
@@ -24,12 +24,12 @@ def stored_tensors(table: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def total_bytes(table: str) -> int:
-    """Bytes of all tensors, as the table's last line says."""
+    """Bytes of all tensors, from the table's last line."""
     return int((DATA / table).read_text().splitlines()[-1].split("\t")[4])
 
 
 def config() -> dict[str, Any]:
-    """The released ``config.json``, as far as it shapes the text model."""
+    """The part of the released ``config.json`` that defines the text model."""
     return {
         "model_type": "diffusion_gemma",
         "canvas_length": 256,

@@ -1,8 +1,8 @@
-"""The oracle: small random checkpoints, and Hugging Face `transformers` run on them, on the CPU in float32.
+"""The reference for tests: small random checkpoints, and Hugging Face `transformers` on them, on the CPU in float32.
 
-`transformers` decides what is right: its graph gives the logits, and its own ``generate`` the tokens. The one thing that is put
-in is the noise: :class:`_SeededModel` answers each of its random draws from :mod:`mlx_diffgemma.noise`, so that the tokens of
-one seed can be compared one by one.
+`transformers` defines the correct results: its graph gives the logits, and its own ``generate`` gives the tokens. Only the noise
+is ours: :class:`_SeededModel` replaces each random draw with :mod:`mlx_diffgemma.noise`, so that the tokens of one seed can be
+compared one by one.
 """
 
 import inspect
@@ -46,10 +46,10 @@ def _shape(
     """One configuration.
 
     Args:
-        layers: one letter a layer, S for sliding and F for full attention; `transformers` forces the last to be full.
+        layers: one letter per layer, S for sliding and F for full attention; `transformers` forces the last to be full.
         heads: attention heads, key-value heads and head size of the sliding layers.
         full: key-value heads and head size of the full layers.
-        experts: how many, how many of them a token takes, and their intermediate size.
+        experts: number of experts, experts per token, and their intermediate size.
     """
     return {
         "canvas_length": canvas,
@@ -114,7 +114,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-#: The vocabulary of the released checkpoint, and hardly a model around it.
+#: The vocabulary size of the released checkpoint. The rest of the model is tiny.
 REAL_VOCABULARY = _shape(
     "F", canvas=4, heads=(2, 1, 8), full=(1, 16), experts=(4, 1, 16),
     vocab_size=262_144, hidden_size=32, intermediate_size=48, sliding_window=4,
@@ -131,18 +131,18 @@ def make_checkpoint(
     bfloat16: bool = False,
     hub_layout: bool = False,
 ) -> Path:
-    """Save a model of random weights, none of which is without effect, as `transformers` does; returns ``folder``.
+    """Save a model of random weights as `transformers` does, and return ``folder``. Every weight has an effect.
 
-    Scales are such that a changed token or self-conditioning signal moves logits by several units, and yet float32 rounding
-    by less than 5e-5: with a scale of self-conditioning, queries and keys of 1, `transformers` in float32 is itself 2e-4 away
-    from what it gives in float64.
+    Scales are chosen so that a changed token or self-conditioning signal moves logits by several units, but float32 rounding
+    moves them by less than 5e-5. With a scale of 1 for self-conditioning, queries and keys, `transformers` itself differs by
+    2e-4 between float32 and float64.
 
     Args:
         shape: one of :data:`SHAPES`.
-        logit_std: about the standard deviation of the logits, before the softcap.
-        layer_scalars: range of the encoder's and the decoder's own scalars. Low ones let the new outweigh the old.
-        bfloat16: store the weights as BF16, as the hub does, and not as F32.
-        hub_layout: name the size of the full-attention heads once in config.json, as the hub does, and not per layer.
+        logit_std: approximate standard deviation of the logits, before the softcap.
+        layer_scalars: range of the encoder's and the decoder's own scalars. Low ones let later layers outweigh earlier ones.
+        bfloat16: store the weights as BF16, as the hub does, instead of F32.
+        hub_layout: write the sizes of the full-attention heads once in config.json, as the hub does, instead of per layer.
     """
     config = DiffusionGemmaConfig(
         text_config=dict(shape["text_config"]), vision_config=dict(_VISION), canvas_length=shape["canvas_length"]
@@ -159,7 +159,7 @@ def make_checkpoint(
             elif "norm" in name or name.endswith("scale"):
                 weight.uniform_(0.4, 1.6)
             elif name.endswith("router.proj.weight"):
-                weight.normal_(std=1.0)  # the router divides its input by the root of the hidden size
+                weight.normal_(std=1.0)  # the router divides its input by the square root of the hidden size
             else:
                 gain = 0.25 if name == "self_conditioning.down_proj.weight" else 1.0
                 weight.normal_(std=gain * weight.shape[-1] ** -0.5)
@@ -180,11 +180,11 @@ def make_checkpoint(
 
 
 class GenerateResult(NamedTuple):
-    """What `generate` made.
+    """The result of `generate`.
 
     Attributes:
         tokens: int32 [B, blocks * canvas_length], without the prompt.
-        steps: int32 [blocks, B], the denoising steps each row took before it stopped; 0 in the blocks after a row's end.
+        steps: int32 [blocks, B], the denoising steps that each row took before it stopped; 0 in blocks after a row's end.
     """
 
     tokens: NDArray[np.int32]
@@ -198,12 +198,12 @@ class Reference:
         self.model = _SeededModel.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         ).eval()
-        # transformers 5.24 renamed it, and takes the older name until 5.40.
+        # transformers 5.24 renamed the argument, and accepts the old name until 5.40.
         parameters = inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def encode(self, chunks: Iterable[NDArray[Any]]) -> tuple[DynamicCache, torch.Tensor]:
-        """Run the encoder over one chunk after the other; the cache, and the last chunk's final hidden states [B, N, H]."""
+        """Run the encoder over the chunks in order. Returns the cache and the last chunk's final hidden states [B, N, H]."""
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         for chunk in chunks:
             encoded = self.model.model.encoder(input_ids=_ids(chunk), **{self.cache_name: cache})
@@ -220,7 +220,10 @@ class Reference:
     def canvas_logits(
         self, chunks: Sequence[NDArray[Any]], canvas: NDArray[Any], self_conditioning_logits: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """Logits of a canvas after ``chunks``; ``self_conditioning_logits`` [B, L, V] are the step before's, over temperature."""
+        """Logits of a canvas after ``chunks``.
+
+        ``self_conditioning_logits`` [B, L, V] are the previous step's logits, divided by its temperature.
+        """
         cache, _ = self.encode(chunks)
         before = None if self_conditioning_logits is None else torch.tensor(self_conditioning_logits)
         logits: torch.Tensor = self.model(
@@ -229,8 +232,10 @@ class Reference:
         return logits.numpy()
 
     def hidden_states(self, chunks: Sequence[NDArray[Any]], canvas: NDArray[Any] | None = None) -> list[NDArray[np.float32]]:
-        """Hidden states [B, N, H] of the last chunk, or of a canvas after the chunks: after the embedding (and, of a canvas,
-        the self-conditioning), after each layer and after the final norm."""
+        """Hidden states [B, N, H] of the last chunk, or of a canvas after the chunks.
+
+        They are taken after the embedding (for a canvas, with the self-conditioning), after each layer and after the final norm.
+        """
         model = self.model.model.encoder.language_model if canvas is None else self.model.model.decoder
         states: list[NDArray[np.float32]] = []
         hooks = [model.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].numpy().copy()))]
@@ -249,11 +254,11 @@ class Reference:
     def generate(
         self, prompts: NDArray[Any], seeds: Sequence[int], config: GenerationConfig, *, frozen: NDArray[np.int32] | None = None
     ) -> GenerateResult:
-        """Run ``generate`` of `transformers` with the noise of ``seeds``, one a row of ``prompts`` [B, N].
+        """Run ``generate`` of `transformers` with the noise of ``seeds``, one per row of ``prompts`` [B, N].
 
-        Its own rules hold for ``config``: thresholds and bounds above 0, ``t_max`` above ``t_min``, neither greedy nor a shorter
-        canvas. ``frozen`` [P] pins the positions of the new text where it is not -1: their token stands in every canvas, and
-        their logits leave no choice. They count in the mean entropy of the stop, with 0.
+        `transformers` limits ``config``: thresholds and bounds must be above 0 and ``t_max`` above ``t_min``, and neither greedy
+        mode nor a shorter canvas is possible. ``frozen`` [P] pins the positions of the new text where it is not -1. Pinned tokens
+        are in every canvas, and their logits leave no choice. They count in the mean entropy of the stop, with 0.
         """
         self.model.seed(seeds, frozen)
         output = self.model.generate(
@@ -272,7 +277,7 @@ class Reference:
         )
         tokens = output.sequences[:, prompts.shape[1] :].numpy().astype(np.int32)
         steps = np.array(self.model.steps, np.int32)
-        # transformers counts the steps in its own way; the two must agree
+        # transformers counts the steps independently; both counts must agree
         written = (tokens != config.pad_token_id).sum(axis=1)
         np.testing.assert_allclose(output.tokens_per_forward.numpy(), written / steps.sum(axis=0), rtol=1e-6)
         return GenerateResult(tokens, steps)
@@ -283,9 +288,9 @@ def _ids(tokens: NDArray[Any]) -> torch.Tensor:
 
 
 class _SeededModel(DiffusionGemmaForBlockDiffusion):
-    """The model of `transformers`, each random draw of whose ``generate`` is answered by :mod:`mlx_diffgemma.noise`.
+    """The model of `transformers`, with :mod:`mlx_diffgemma.noise` in place of each random draw in ``generate``.
 
-    The methods overridden here are the joints of ``generate``: each does what it did, and keeps count of block and step.
+    The methods overridden here are called by ``generate``. Each does what it did before, and also counts blocks and steps.
     """
 
     def seed(self, seeds: Sequence[int], frozen: NDArray[np.int32] | None) -> None:
@@ -295,7 +300,7 @@ class _SeededModel(DiffusionGemmaForBlockDiffusion):
         self.ended = np.zeros(len(seeds), bool)
 
     def pinned(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Positions in this block's canvas that are frozen, and their tokens."""
+        """The frozen positions in this block's canvas, and their tokens."""
         length = self.config.canvas_length
         template = np.empty(0, np.int32) if self.frozen is None else self.frozen[self.block * length :][:length]
         positions = np.flatnonzero(template >= 0)
@@ -309,7 +314,7 @@ class _SeededModel(DiffusionGemmaForBlockDiffusion):
         return _ids(canvas)
 
     def multinomial(self, probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
-        """In place of ``torch.multinomial``: the most likely token under the Gumbel noise of this step, for each row [B * L]."""
+        """Replaces ``torch.multinomial``: for each row [B * L], the most likely token under the Gumbel noise of this step."""
         logits = self.processed_logits.numpy()
         keys = np.array([noise.sampling_key(seed, self.block, self.step) for seed in self.seeds], np.uint32)
         positions = np.arange(logits.shape[1], dtype=np.uint32)
@@ -349,7 +354,7 @@ class _SeededModel(DiffusionGemmaForBlockDiffusion):
 
 
 class _Pin(LogitsProcessor):
-    """Logits that leave frozen positions no other token."""
+    """Changes the logits of frozen positions so that only their own token is possible."""
 
     def __init__(self, model: _SeededModel) -> None:
         self.model = model
@@ -363,7 +368,7 @@ class _Pin(LogitsProcessor):
 
 
 class _Keep(LogitsProcessor):
-    """Notes the logits that the step's draw is made from."""
+    """Records the logits that the step draws from."""
 
     def __init__(self, model: _SeededModel) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""What an engine is tested with: jobs that take steps of a backend that computes nothing, and who listens to them."""
+"""Helpers for the engine's tests: jobs that take steps on a fake backend, and inboxes that receive their events."""
 
 import queue
 import threading
@@ -20,12 +20,12 @@ from mlx_diffgemma.scheduler.jobs import Finished, Job
 from mlx_diffgemma.scheduler.limits import Limits
 from support.fake import Answer, Asked, FakeBackend, FakeCache, full
 
-WIDTH, SECONDS = 4, 20.0  # of a canvas; to wait for what must come
+WIDTH, SECONDS = 4, 20.0  # tokens of a canvas; longest wait for an event
 
 
 @dataclass
 class Inbox:
-    """Takes what is delivered."""
+    """Collects the events that the engine delivers."""
 
     events: list[Any] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -43,13 +43,13 @@ class Inbox:
 
 
 class Bench:
-    """An engine on a backend that answers each canvas with itself, and jobs that take steps on it.
+    """An engine on a backend that returns each canvas unchanged, and jobs that take steps on it.
 
     Attributes:
-        during: called with the number of each call of the backend, from 1, within it.
-        closed: the requests whose `finally` ran, in the engine's thread.
-        caches: of all jobs, in the order in which they were made.
-        idled: the requests whose idle work was done to its end.
+        during: called within each call of the backend, with the call's number, counted from 1.
+        closed: the requests whose `finally` ran in the engine's thread.
+        caches: the caches of all jobs, in the order in which they were made.
+        idled: the requests whose idle work was completed.
     """
 
     def __init__(self, *, exact_rows: bool = True, **options: Any) -> None:
@@ -71,16 +71,16 @@ class Bench:
 
     @property
     def calls(self) -> list[tuple[str, list[int]]]:
-        """The backend's calls: the method, and the first token of each part, which tells the request."""
+        """The backend's calls: the method, and the first token of each part, which identifies the request."""
         return [(method, [tokens[0] for tokens in parts]) for method, parts in self.backend.calls]
 
     @property
     def passes(self) -> list[list[int]]:
-        """The requests in each pass in which canvases were denoised."""
+        """The requests in each denoising pass."""
         return [tokens for method, tokens in self.calls if method == "denoise"]
 
     def steps(self, token: int, count: int = 4, length: int = 3, width: int = WIDTH, cooling: float = 0.0) -> Iterator[int]:
-        """One encode of ``length`` tokens, and ``count`` steps; ``token`` tells the request."""
+        """Encode ``length`` tokens once, then take ``count`` steps. ``token`` identifies the request."""
         backend = self.engine.model.backend
         cache, canvas = backend.new_cache(), np.full(width, token, np.int32)
         assert isinstance(cache, FakeCache)
@@ -102,7 +102,7 @@ class Bench:
         return self.engine.submit(lambda: self.steps(token, **options), inbox, client=client, seconds=seconds), inbox
 
     def idle(self, token: int, **options: Any) -> Callable[[], object]:
-        """The same steps as idle work."""
+        """The same steps, as idle work."""
 
         def work() -> None:
             for _ in self.steps(token, **options):
@@ -114,7 +114,7 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Callable[..., Bench]]:
-    """A maker of benches; their engines are stopped in the end."""
+    """A factory of benches. Their engines are stopped after the test."""
     made = []
 
     def make(**options: Any) -> Bench:
@@ -128,7 +128,7 @@ def bench() -> Iterator[Callable[..., Bench]]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The engine's clock, which stands still but for ``clock.now``."""
+    """The engine's clock. It stands still and changes only with ``clock.now``."""
     made = SimpleNamespace(now=100.0)
     for module in (engine_module, jobs_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))

@@ -1,4 +1,4 @@
-"""A terminal for tests: what is on its screen after the control sequences that the live view uses, and it knows no others."""
+"""A terminal emulator for tests. It supports only the control sequences that the live view uses, and keeps the screen."""
 
 import io
 import re
@@ -11,18 +11,18 @@ _TOKEN = re.compile(r"\x1b\[(\??)([\d;]*)([A-Za-z])|[\s\S]")
 
 
 def cells(character: str) -> int:
-    """Columns of a character by Unicode's own tables."""
+    """Columns of a character, from Unicode's own tables."""
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 class Screen(io.StringIO):
-    """A file that shows what is written to it; any control character or sequence it does not know fails the test.
+    """A file that shows what is written to it. An unknown control character or sequence fails the test.
 
     Attributes:
-        rows: text of every row, those that have scrolled off the top first; a wide character is followed by "".
-        styles: like ``rows``, the SGR parameters in force at each cell.
+        rows: text of every row, starting with those that have scrolled off the top; a wide character is followed by "".
+        styles: the SGR parameters of each cell, in the layout of ``rows``.
         cursor_hidden, wraps: modes 25 and 7.
         wrapped: rows that continue the one above because the terminal wrapped it.
     """
@@ -38,13 +38,13 @@ class Screen(io.StringIO):
         self.style = ""
 
     def console(self, **options: Any) -> Console:
-        """One that draws here, with 256 colours unless told otherwise."""
+        """A console that draws on this screen, by default with 256 colours."""
         options = {"color_system": "256", "_environ": {}} | options
         return Console(file=self, force_terminal=True, width=self.width, height=self.height, highlight=False, **options)
 
     @property
     def lines(self) -> list[str]:
-        """All rows without trailing blanks and blank rows at the end; rows that were wrapped are joined."""
+        """All rows, without trailing blanks and without blank rows at the end. Wrapped rows are joined."""
         lines: list[str] = []
         for index, row in enumerate(self.rows):
             if index in self.wrapped:
@@ -56,7 +56,7 @@ class Screen(io.StringIO):
         return [line.rstrip() for line in lines]
 
     def styled(self, style: str) -> str:
-        """The characters that were written in this style, such as "2" for dim, row by row."""
+        """The characters in this style, such as "2" for dim, row by row."""
         pairs = [pair for row, styles in zip(self.rows, self.styles, strict=True) for pair in zip(row, styles, strict=True)]
         return "".join(character for character, its in pairs if its == style)
 
@@ -77,7 +77,7 @@ class Screen(io.StringIO):
         return len(text)
 
     def resize(self, width: int, height: int, *consoles: Console) -> None:
-        """As modern terminals do it: a line that no longer fits becomes several, and the cursor stays at its character."""
+        """Resize as modern terminals do: a line that no longer fits becomes several, and the cursor stays at its character."""
         rows, styles, cursor = [], [], self.row
         for index, (row, style) in enumerate(zip(self.rows, self.styles, strict=True)):
             if index == self.row:

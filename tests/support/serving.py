@@ -1,4 +1,4 @@
-"""A server to ask: the real one, in threads, with a real model or one that writes what it is told."""
+"""A server for tests: the real one, in threads, with a real model or with one that writes scripted texts."""
 
 import asyncio
 import contextlib
@@ -23,14 +23,14 @@ from mlx_diffgemma.server.app import create_app
 from mlx_diffgemma.server.settings import Settings
 from support.fake import Asked, FakeBackend, writes
 
-#: To wait for what must come.
+#: Longest wait for an event, in seconds.
 SECONDS = 20.0
-#: How much faster the clock of a hurried server runs.
+#: How many times faster the clock of a hurried server runs.
 HURRY = 500
 
 
 class HurriedLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock runs :data:`HURRY` times as fast: half a minute in it is over in 60 ms."""
+    """An event loop whose clock runs :data:`HURRY` times as fast: 30 s in it take 60 ms."""
 
     def __init__(self) -> None:
         class Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
@@ -65,7 +65,7 @@ class Served:
 def serving(
     model: DiffusionGemma, *, parallel: int = 4, queue: int = 8, hurried: bool = False, **options: Any
 ) -> Iterator[Served]:
-    """A server that answers with a model; where it is ``hurried``, it waits a :data:`HURRY`-th of its times for clients."""
+    """Run a server with a model. A ``hurried`` server divides its timeouts for clients by :data:`HURRY`."""
     engine = Engine(model, Limits(parallel, queue))
     app = create_app(engine, Settings("tiny", **options))
     stop_seconds = 5 * HURRY if hurried else 5
@@ -90,7 +90,7 @@ def serving(
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait for what another thread does and tells nobody."""
+    """Poll until ``condition`` holds, for work in another thread that sends no event."""
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -98,11 +98,11 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 class Writer:
-    """A model on a backend that writes ``texts[tool answers in the prompt]``.
+    """A model on a fake backend that writes ``texts[n]``, where n is the number of tool answers in the prompt.
 
     Attributes:
-        gate: while it is cleared, each denoising step is held up.
-        seconds: that a step takes.
+        gate: while this is cleared, every denoising step waits.
+        seconds: duration of a step.
     """
 
     def __init__(self, folder: Path, texts: Sequence[str]) -> None:
@@ -118,7 +118,7 @@ class Writer:
         return len(self.backend.tokens_of("denoise"))
 
     def _part(self, asked: Asked) -> list[int]:
-        """The part of the text that falls into a canvas."""
+        """The part of the text that belongs to a canvas."""
         tokenizer, width = self.model.tokenizer, len(asked.canvas)
         answers = asked.cached.count(tokenizer.token_id("<tool_response|>"))
         return tokenizer.encode(self.texts[answers], markup=True)[asked.block * width :][:width]

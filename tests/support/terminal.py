@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal, as a person has it before them: keys go in, and what it draws is on a screen."""
+"""Runs the program on a pseudo-terminal, as a user would: keys go in, and its output appears on a screen."""
 
 import codecs
 import fcntl
@@ -16,18 +16,18 @@ from typing import Self
 
 from support.screen import Screen
 
-# The terminal becomes the controlling one of the process, so that Ctrl-C is a signal to it.
+# The terminal becomes the controlling terminal of the process, so that Ctrl-C sends it a signal.
 _PROGRAM = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlx_diffgemma.cli import main; main()"
 _INCOMPLETE = re.compile(r"\x1b(\[[\d;?]*)?$")
 
-#: Modes that change nothing on the screen: the cursor keys' and the cursor's kind, and bracketed paste.
+#: Modes that do not change the screen: the modes of the cursor keys and of the cursor, and bracketed paste.
 _UNSEEN = ("1", "12", "2004")
 
 
 class Terminal(Screen):
-    """The command line with ``arguments`` on a terminal; a context manager, which ends it.
+    """The command line with ``arguments`` on a terminal. A context manager that ends the process.
 
-    It knows what prompt_toolkit writes besides the live view's control sequences.
+    It supports the live view's control sequences, and those of prompt_toolkit.
     """
 
     def __init__(self, *arguments: object, width: int = 80, height: int = 24, environment: dict[str, str]) -> None:
@@ -57,7 +57,7 @@ class Terminal(Screen):
         os.write(self._keyboard, keys.encode())
 
     def wait(self, seen: Callable[[], bool], what: str, seconds: float = 30) -> None:
-        """Show what the program writes until ``seen``; fails after ``seconds``, or where it ends."""
+        """Show the program's output until ``seen``. Fails after ``seconds``, or if the program ends."""
         limit = time.monotonic() + seconds
         while not seen():
             ready, _, _ = select.select([self._keyboard], [], [], max(0.0, limit - time.monotonic()))
@@ -65,7 +65,7 @@ class Terminal(Screen):
             assert self._read(), f"ended before {what}; on the screen:\n" + "\n".join(self.lines)
 
     def end(self) -> int:
-        """Show all up to the program's end, and return its exit status."""
+        """Show all output until the program ends, and return its exit status."""
         while self._read():
             pass
         return self.process.wait(60)
@@ -73,7 +73,7 @@ class Terminal(Screen):
     def _read(self) -> bool:
         try:
             data = os.read(self._keyboard, 65536)
-        except OSError:  # what Linux says where no one has the other end any more
+        except OSError:  # Linux raises this once the other end is closed
             return False
         text = self._rest + self._decoder.decode(data)
         cut = _INCOMPLETE.search(text)

@@ -1,4 +1,4 @@
-"""A small but real tokenizer in a folder: Gemma 4's special tokens and BPE with byte fallback, at any vocabulary size."""
+"""Writes a small but real tokenizer: Gemma 4's special tokens and BPE with byte fallback, at any vocabulary size."""
 
 import json
 from functools import cache
@@ -8,11 +8,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-#: The chat template as released, in two generations, whose differences tests/data/template_cases.json has.
+#: The released chat template in two versions. tests/data/template_cases.json holds their differences.
 CHAT_TEMPLATE = (Path(__file__).parents[1] / "data" / "chat_template.jinja").read_text(encoding="utf-8")
 OLDER_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("set older = false", "set older = true")
 
-#: Gemma 4's special tokens and their ids in the released checkpoint; None is any free id.
+#: Gemma 4's special tokens and their ids in the released checkpoint. None means any free id.
 SPECIAL_TOKENS: dict[str, int | None] = {
     "<pad>": 0,
     "<eos>": 1,
@@ -44,7 +44,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 #: The smallest vocabulary: special tokens, bytes and the space.
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + len(BYTES) + 1
 
-#: As released: which token is which.
+#: The roles of the special tokens, as released.
 CONFIG = {
     "tokenizer_class": "GemmaTokenizer",
     "padding_side": "left",
@@ -84,10 +84,11 @@ CORPUS = [
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 512, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, unless None, chat_template.jinja; exactly ``vocab_size`` ids are in use.
+    """Write tokenizer.json, tokenizer_config.json and, unless it is None, chat_template.jinja. All ``vocab_size`` ids are in use.
 
-    From 512 on, special tokens have the released checkpoint's ids where these are in range; below, they are counted from 0.
-    What characters and merges leave free is filled with ``<unusedN>``, as in Gemma's own vocabulary.
+    For a vocabulary of at least 512, special tokens have the released checkpoint's ids if these are in range. For a smaller one
+    they are numbered from 0. Ids that characters and merges leave free are filled with ``<unusedN>``, as in Gemma's own
+    vocabulary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = bpe(vocab_size)
@@ -98,7 +99,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 512, *, chat_template: str |
 
 
 def bpe(vocab_size: int) -> Tokenizer:
-    """BPE over the corpus, built as Gemma's: a space is ▁, and what is not in the vocabulary is written in bytes."""
+    """BPE over the corpus, built like Gemma's: a space is ▁, and text outside the vocabulary is written in bytes."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"special tokens, bytes and the space need a vocabulary of {MIN_VOCAB_SIZE}, got {vocab_size}")
     pieces, merges = learned()
@@ -125,7 +126,7 @@ def bpe(vocab_size: int) -> Tokenizer:
 
 @cache
 def learned() -> tuple[list[str], list[tuple[str, str]]]:
-    """Pieces (the space, characters, then merges by rank) and merges of the corpus, none of them across words or lines."""
+    """Pieces (the space, characters, then merges by rank) and merges of the corpus. None of them crosses words or lines."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

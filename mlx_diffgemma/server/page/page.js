@@ -1,4 +1,4 @@
-// A chat with the served model, and a view of its canvas. What a model wrote enters the document as text only.
+// A chat with the served model, and a view of its canvas. Text from the model enters the document as text only, never as HTML.
 
 /**
  * A canvas after one denoising step, as the server sends it.
@@ -6,31 +6,31 @@
  */
 
 /**
- * A draft and what follows from those before it: which cells were taken back so far in this block, and the mean entropy.
+ * A draft with two more fields: which cells were taken back so far in this block, and the mean entropy.
  * @typedef {Draft & {takenBack: boolean[], mean: number}} Frame
  */
 
 /**
- * A reply so far.
+ * The reply so far.
  * @typedef {{reasoning: string, content: string, toolCalls: {id?: string, name: string, arguments: string}[]}} Reply
  */
 
 /** Lower ends of the colour classes e0 to e7, in nats. */
 const LEVELS = [0, 0.01, 0.03, 0.1, 0.3, 1, 2, 4];
 
-/** A newline breaks the row of cells from this entropy down, in nats: those of pure noise would toss the rows about. */
+/** A newline breaks the row of cells only below this entropy, in nats. Newlines of pure noise would make the rows jump. */
 const SURE = 0.3;
 
-/** Milliseconds that a replay stays on a step, and below which a run was too fast to be watched. */
+/** Milliseconds: how long a replay shows a step, and the time per step below which a run was too fast to watch. */
 const REPLAY_PACE = 140;
 const TOO_FAST = 60;
 
 const KEY = "mlx-diffgemma-api-key";
 
-/** What the boxed Sudoku model reads: one character a cell, row by row; on other text it was not trained. */
+/** What the boxed Sudoku model reads: one character per cell, row by row. It was not trained on other text. */
 const SUDOKU = { model: "sudoku", prompt: "32......4...4..3..6.214..1.........3", boxes: { 4: [2, 2], 6: [2, 3], 9: [3, 3] } };
 
-/** Tokens that are no text; the server sends some of them by name and some empty. */
+/** Tokens that are not text. The server sends some of them by name and some as empty strings. */
 const SPECIAL = /^$|^<(pad|eos|bos|unk|mask|unused\d+|\|[a-z_"]+\|?|[a-z_]+\|)>$/;
 const WHITE = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
 
@@ -48,12 +48,12 @@ function element(tag, className = "", text = "") {
 /** @param {number} entropy in nats */
 const level = (entropy) => LEVELS.findLastIndex((least) => entropy >= least);
 
-/** A token's text as it is shown: one that is all white space would else not be seen. */
+/** A token's text as the page shows it: white space alone would be invisible, so it becomes symbols. */
 const visible = (token) => (/^\s+$/.test(token) ? token.replace(/[ \n\t\r]/g, (character) => WHITE[character]) : token || "∅");
 
 // ---- The server
 
-/** What the server says is wrong, with its status, or 0 in a stream that had begun. */
+/** An error from the server, with its status, or 0 if the stream had already begun. */
 class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -61,7 +61,7 @@ class ApiError extends Error {
   }
 }
 
-/** The data of each event of a stream; an event, a line and a character may be split over its chunks. */
+/** The data of each event of a stream. Chunks may split an event, a line or a character. */
 async function* serverSentEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -86,13 +86,13 @@ async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
-  const answer = await response.json().catch(() => null); // a proxy's error page is no JSON
+  const answer = await response.json().catch(() => null); // a proxy's error page is not JSON
   const wait = response.headers.get("Retry-After");
-  const message = answer?.error?.message ?? `the server answers ${response.status}`;
-  throw new ApiError(wait ? `${message} (again in ${wait} s)` : message, response.status);
+  const message = answer?.error?.message ?? `the server answered with status ${response.status}`;
+  throw new ApiError(wait ? `${message} (retry after ${wait} s)` : message, response.status);
 }
 
-/** The chunks of a streamed chat completion. Throws ApiError where the server refuses it or breaks it off. */
+/** The chunks of a streamed chat completion. Throws ApiError if the server refuses the request or the stream ends early. */
 async function* completion(body, signal) {
   const response = await request("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
   for await (const data of serverSentEvents(response.body)) {
@@ -101,7 +101,7 @@ async function* completion(body, signal) {
     if (chunk.error) throw new ApiError(chunk.error.message);
     yield chunk;
   }
-  throw new ApiError("the stream broke off");
+  throw new ApiError("the stream ended before the reply was complete");
 }
 
 /** Add a chunk's delta to a reply. */
@@ -125,13 +125,13 @@ function asMessage(reply) {
   return { role: "assistant", content: reply.content, ...(calls.length && { tool_calls: calls }) };
 }
 
-// ---- The run: frames, and how one is drawn
+// ---- The run: its frames, and how they are drawn
 
 /** All frames of a run, in order. */
 class Film {
   /** @type {Frame[]} */
   frames = [];
-  #accepted = []; // by cell, the token that was accepted last in this block
+  #accepted = []; // for each cell, the token that was last accepted in this block
 
   /** @param {Draft} draft */
   add(draft) {
@@ -146,26 +146,26 @@ class Film {
     this.frames.push({ ...draft, takenBack, mean });
   }
 
-  /** Text of the blocks before a frame's. */
+  /** The text of the blocks before a frame's block. */
   before(index) {
     const block = this.frames[index].block;
     const ends = this.frames.filter((frame, place) => frame.block < block && this.frames[place + 1].block > frame.block);
     return ends.flatMap((frame) => frame.cells.filter((token) => !SPECIAL.test(token))).join("");
   }
 
-  /** Steps of a block so far. */
+  /** How many steps a block has so far. */
   steps(block) {
     return this.frames.findLast((frame) => frame.block === block).step;
   }
 }
 
-/** The cells on the page. They are kept and changed in place, and only where they differ from what is shown. */
+/** The cells on the page. They stay on the page; only those that differ from the frame change. */
 class Canvas {
   #cells = [];
   #size = 0;
   #given = "";
 
-  /** Lay the cells out for a prompt: as a grid where it is a Sudoku for the boxed model, else as lines of text. */
+  /** Lay the cells out for a prompt: as a grid if it is a Sudoku for the boxed model, else as lines of text. */
   layOut(model, prompt) {
     this.#given = model === SUDOKU.model ? prompt : "";
     this.#size = [4, 6, 9].find((size) => size * size === this.#given.length) ?? 0;
@@ -214,7 +214,7 @@ class Canvas {
   }
 }
 
-/** Names and values as the children of a dl, changed in place. */
+/** Show names and values as the children of a dl, which are changed in place. */
 function list(node, values) {
   const entries = Object.entries(values).filter(([, value]) => value !== null);
   while (node.children.length > entries.length) node.lastElementChild.remove();
@@ -272,7 +272,7 @@ const stage = {
     slider.setAttribute("aria-valuetext", Object.entries(readout).map((entry) => entry.join(" ")).join(", "));
   },
 
-  /** The text before the canvas; its end is in sight. */
+  /** Show the text before the canvas, scrolled to its end. */
   drawCommitted(text) {
     const node = at("committed");
     if (node.textContent === text) return;
@@ -280,7 +280,7 @@ const stage = {
     node.scrollTop = node.scrollHeight;
   },
 
-  /** A bar a step, as high as the mean entropy, above the slider's thumb. */
+  /** Draw one bar per step above the slider, as high as the mean entropy. */
   drawCurve() {
     const { frames } = this.film;
     const curve = at("curve");
@@ -319,7 +319,7 @@ const stage = {
     at("play").textContent = "Replay";
   },
 
-  /** After a run: its steps can be gone through, and one that was too fast to be watched is shown once more. */
+  /** After a run: enable the slider and the replay, and replay a run that was too fast to watch. */
   finish(milliseconds) {
     const count = this.film.frames.length;
     if (!count) return;
@@ -334,24 +334,24 @@ const stage = {
 
 // ---- The conversation
 
-/** Messages so far, and what a reply is written into; `abort` is set while one is written. */
+/** The messages so far, and the turn that the reply is written into. `abort` is set during a request. */
 const chat = { model: "", messages: [], turn: null, abort: null };
 
 let frameRequest = 0;
 
-/** Draw what has changed, in the next animation frame. */
+/** Draw changes in the next animation frame. */
 function schedule() {
   frameRequest ||= requestAnimationFrame(() => {
     frameRequest = 0;
     const turns = at("turns");
-    const atEnd = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 40; // else somebody is reading further up
+    const atEnd = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 40; // else the user is reading further up
     stage.draw();
     chat.turn?.draw();
     if (atEnd) turns.scrollTop = turns.scrollHeight;
   });
 }
 
-/** One party's words on the page. */
+/** One turn of the conversation on the page: the user's or the model's. */
 class Turn {
   /** @type {Reply} */
   reply = { reasoning: "", content: "", toolCalls: [] };
@@ -384,7 +384,7 @@ function inform(message) {
   at("alert").hidden = !message;
 }
 
-/** Tell what went wrong; where it is the API key, ask for one. */
+/** Show an error. If the API key is missing or wrong, ask for one. */
 function report(error) {
   if (error.name === "AbortError") return;
   inform(error instanceof ApiError ? error.message : `The server cannot be reached: ${error.message}`);
@@ -403,7 +403,7 @@ async function learnModel() {
   if (!at("prompt").value) at("prompt").value = SUDOKU.prompt;
 }
 
-/** The body of a request; what is left empty is the server's to choose, but the seed, so that it is known to the digit. */
+/** The body of a request. The server chooses what is left empty, except for the seed: the page must know it to the digit. */
 function requestBody(form, messages) {
   const number = (name) => (form.elements[name].value === "" ? undefined : Number(form.elements[name].value));
   const mode = form.elements.mode.value;
@@ -428,7 +428,7 @@ function setRunning(running) {
   if (focused) at(running ? "stop" : "start").focus();
 }
 
-/** Send the prompt, and show the reply as it comes. A reply that breaks off is kept; without one, so is the prompt. */
+/** Send the prompt, and show the reply as it comes. A reply that ends early is kept. If there is none, the prompt comes back. */
 async function ask() {
   const prompt = at("prompt").value;
   if (chat.abort || !prompt.trim()) return;
@@ -452,7 +452,7 @@ async function converse(prompt) {
   const turn = (chat.turn = new Turn(chat.model, "answered"));
   at("turns").scrollTop = at("turns").scrollHeight;
   turn.node.setAttribute("aria-live", "polite");
-  turn.node.setAttribute("aria-busy", "true"); // read out when it is finished
+  turn.node.setAttribute("aria-busy", "true"); // screen readers wait until it is finished
   messages.push({ role: "user", content: prompt });
   stage.reset(chat.model, prompt);
   at("prompt").value = "";
@@ -505,10 +505,10 @@ function showFacts({ usage, diffgemma, finish, seed }, seconds) {
     tokens: usage ? String(usage.completion_tokens) : null,
     "prompt tokens": usage ? String(usage.prompt_tokens) : null,
     seconds: seconds.toFixed(seconds < 10 ? 2 : 0),
-    ended: finish,
+    "finish reason": finish,
     seed: String(seed),
     "shown too early": diffgemma?.unsettled ? String(diffgemma.unsettled) : null,
-    "options ignored": diffgemma?.ignored?.length ? diffgemma.ignored.join(", ") : null,
+    "ignored options": diffgemma?.ignored?.length ? diffgemma.ignored.join(", ") : null,
   });
   at("reuse").onclick = () => {
     at("seed").value = seed;
@@ -529,7 +529,7 @@ function newChat() {
   at("prompt").focus();
 }
 
-/** What the pointer is on: its place, token and entropy. */
+/** Show the place, token and entropy of the cell under the pointer, as its title. */
 function describe(event) {
   const place = event.target.dataset?.place;
   const frame = stage.film.frames[stage.shown];
@@ -544,7 +544,7 @@ function listen() {
     event.preventDefault();
     ask();
   });
-  form.addEventListener("invalid", () => (at("options").open = true), true); // a closed field cannot be complained about
+  form.addEventListener("invalid", () => (at("options").open = true), true); // the browser cannot point at a hidden field
   at("prompt").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
