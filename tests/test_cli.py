@@ -190,7 +190,9 @@ def test_full_disk_under_the_output(chat: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_written(chat: Path, expected: Callable[..., Generation]) -> None:
     first = expected(QUESTION, seed=7, max_new_tokens=8, max_denoising_steps=100, confidence_threshold=0)
-    command = [*PROGRAM, "generate", str(chat), QUESTION, "--seed", "7", "--max-new-tokens", "480"]  # 60 blocks
+    # A shell that starts the tests in the background makes them, and what they start, ignore SIGINT.
+    heeding = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {PROGRAM[-1]}"
+    command = [*PROGRAM[:-1], heeding, "generate", str(chat), QUESTION, "--seed", "7", "--max-new-tokens", "480"]  # 60 blocks
     command += ["--max-denoising-steps", "100", "--confidence-threshold", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         begun = os.read(process.stdout.fileno(), 1)  # wait for the first block
