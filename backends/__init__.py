@@ -10,20 +10,21 @@ size) and hidden states stay on the device, except in :meth:`Backend.logits`, wh
 
 import importlib
 import importlib.util
+import math
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_diffgemma.backends.memory import require_memory
+from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.errors import BackendError, InputError
-
-if TYPE_CHECKING:
-    from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.errors import BackendError, ComputationError, InputError
 
 NAMES = ("mlx", "torch")
 DTYPES = ("float32", "bfloat16")
@@ -40,6 +41,28 @@ QUERY_TILE = 256
 
 #: Keys that are scored at once where a framework has no fused attention.
 KEY_TILE = 4096
+
+
+#: Receives the bytes of weights that are loaded, and of all weights.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a model can run. :func:`find_place` makes it.
+
+    Attributes:
+        backend: ``mlx`` or ``torch``.
+        device, dtype: as in :func:`load_backend`.
+        dtypes: the number types that the backend can compute in on the device.
+        memory: free bytes on the device, or None if the system does not say.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    dtypes: tuple[str, ...]
+    memory: int | None
 
 
 class Cache(Protocol):
@@ -203,6 +226,48 @@ def check_rows(rows: Sequence[Row], config: ModelConfig) -> None:
             raise InputError(f"temperature must be above 0, got {row.temperature}")
 
 
+def check_computed(values: NDArray[np.float32], doing: str) -> None:
+    """Raise ComputationError if a pass computed NaN or infinity for one row. Each text's own loop calls this, so only it ends.
+
+    Args:
+        values: entropies, logits or log-probabilities. A mask may make some of them -inf, but not all.
+        doing: the pass, such as "a denoising step".
+    """
+    if values.size and not math.isfinite(most := values.max()):  # the maximum is NaN if there is one
+        raise ComputationError(
+            f"the model computed {'NaN' if math.isnan(most) else 'infinity'} in {doing}; the weights or the device are damaged: "
+            "try `mlx-diffgemma verify MODEL`"
+        )
+
+
+def scored(backend: "Backend", piece: Piece) -> NDArray[np.float32]:
+    """:meth:`Backend.score` of one piece. Raises ComputationError unless all tokens that have a probability have a number."""
+    first = 0 if len(piece.cache) else 1
+    [logprobs] = backend.score([piece])
+    check_computed(logprobs[first:], "the causal pass")
+    return logprobs
+
+
+def scored_canvas(backend: "Backend", row: Row) -> NDArray[np.float32]:
+    """:meth:`Backend.score_canvas` of one row. Raises ComputationError unless all are numbers."""
+    [logprobs] = backend.score_canvas([row])
+    check_computed(logprobs, "scoring a canvas")
+    return logprobs
+
+
+def check_process() -> None:
+    """Raise BackendError in a process that was forked from one that had loaded a model. The frameworks' threads are not in it."""
+    if _loaded and os.getpid() not in _loaded:
+        raise BackendError(
+            "this process was forked from one that had loaded a model, and lacks that one's threads; start it with "
+            'multiprocessing\'s "spawn" method instead, and load the model in the new process'
+        )
+
+
+# The process that has loaded a model, if any.
+_loaded: set[int] = set()
+
+
 def rows_in_pass(backend: Backend, batch: str, max_batch: int = MAX_BATCH) -> int:
     """How many rows, or pieces, of different texts one pass may take.
 
@@ -245,24 +310,49 @@ def chosen_backend(name: str | None = None, dtype: str | None = None) -> str:
     return name
 
 
+def find_place(name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> Place:
+    """The place that arguments of :func:`load_backend` name. Raises its errors, except those about a checkpoint.
+
+    This imports the framework.
+    """
+    place: Place = _wing(chosen_backend(name, dtype)).place(device, dtype)
+    return place
+
+
 def load_backend(
-    checkpoint: "Checkpoint", name: str | None = None, *, device: str | None = None, dtype: str | None = None
+    checkpoint: Checkpoint,
+    name: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Backend:
-    """Load a checkpoint's weights.
+    """Load a checkpoint's weights. Those that are not in the hub's cache are downloaded, when everything else is checked.
 
     Args:
         name: ``mlx`` or ``torch``; default: see :func:`default_backend`.
         device: ``cpu`` or ``gpu`` for mlx, ``cpu`` or ``cuda[:N]`` for torch; default: the accelerator, if there is one.
         dtype: ``float32`` or ``bfloat16``; default: bfloat16 on an accelerator and float32 on a CPU. float16 would overflow in
             this model (activations beyond 65,504).
+        force: load the checkpoint even if it needs more memory than is free.
+        progress: called after each tensor.
 
     Raises:
-        BackendError: the framework or the device is not available. CheckpointError: the weights do not fit the configuration.
+        BackendError: the framework, the device or the memory is not available.
+        CheckpointError: the weights do not fit the configuration, are damaged, or cannot be downloaded.
     """
-    name = chosen_backend(name, dtype)
+    check_process()
+    place = find_place(name, device=device, dtype=dtype)
+    if not force:
+        require_memory(checkpoint, place)
+    _loaded.add(os.getpid())
+    backend: Backend = _wing(place.backend).load(checkpoint, place, progress)
+    return backend
+
+
+def _wing(name: str) -> Any:
     try:
-        wing = importlib.import_module(f"mlx_diffgemma.backends.{name}.backend")
+        return importlib.import_module(f"mlx_diffgemma.backends.{name}.backend")
     except ImportError as broken:
         raise BackendError(f"backend {name!r} cannot be imported: {str(broken).partition(chr(10))[0]}") from broken
-    backend: Backend = wing.load(checkpoint, device=device, dtype=dtype)
-    return backend

@@ -5,8 +5,9 @@
 The model is the Sudoku model that comes with the package. A client sends one request after the other, drawn from a fixed pool:
 chats of one to five turns and raw prompts, in diffusion and causal mode, of up to 120 new tokens, some with several choices, some
 with stop texts, as streams or not. In one of ten requests the client leaves midway. One of twenty requests is malformed and must
-be refused with its own status. The library computes the expected responses beforehand, alone and on the same backend. The
-server's resident memory is sampled during the whole run.
+be refused with its own status. With ``--attacks 0.05``, one of twenty is an attack of the fuzzer instead (tests/fuzz/http.py).
+Under Linux each client has its own address, and attacks have others. The library computes the expected responses beforehand,
+alone and on the same backend. The server's resident memory is sampled during the whole run.
 """
 
 import argparse
@@ -34,6 +35,9 @@ from mlx_diffgemma.chat.reply import reply
 from mlx_diffgemma.demo.sudoku import fresh_puzzle
 from mlx_diffgemma.prefix_cache import read
 from mlx_diffgemma.writing import Writing, sampling_config, write
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from fuzz import http as fuzz
 
 KEY = "load-test"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -120,8 +124,18 @@ def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, body: dict[str,
     return Reply.of(written)
 
 
-async def client(http: httpx.AsyncClient, cases: list[Case], until: float, tally: Tally, rng: random.Random) -> None:
+async def client(number: int, base: str, cases: list[Case], until: float, tally: Tally, attacks: float) -> None:
+    """One client: a request after the other."""
+    rng, own = random.Random(number), f"127.0.1.{number + 1}" if sys.platform == "linux" else None
+    async with httpx.AsyncClient(base_url=base, timeout=120, transport=httpx.AsyncHTTPTransport(local_address=own)) as http:
+        await ask(http, cases, until, tally, rng, attacks)
+
+
+async def ask(http: httpx.AsyncClient, cases: list[Case], until: float, tally: Tally, rng: random.Random, attacks: float) -> None:
     while time.monotonic() < until:
+        if rng.random() < attacks:
+            await send_attack(http, tally, rng)
+            continue
         malformed = rng.random() < 0.05
         case, leaving, stream = rng.choice(cases), rng.random() < 0.1, rng.random() < 0.6
         try:
@@ -133,6 +147,14 @@ async def client(http: httpx.AsyncClient, cases: list[Case], until: float, tally
                 await send_whole(http, case, leaving, tally, rng)
         except httpx.HTTPError as error:
             tally.wrong.append(f"{type(error).__name__}: {error}; {case.path} {json.dumps(case.body)[:300]}")
+
+
+async def send_attack(http: httpx.AsyncClient, tally: Tally, rng: random.Random) -> None:
+    """An attack of the fuzzer's, with the key, from an address that no other client has."""
+    findings = fuzz.Findings()
+    await fuzz.attack(http.base_url.host, http.base_url.port or 80, rng, findings, {"Authorization": f"Bearer {KEY}"})
+    tally.outcomes.update({f"attack: {outcome}": count for outcome, count in findings.counts.items()})
+    tally.wrong += findings.failures
 
 
 async def send_malformed(http: httpx.AsyncClient, tally: Tally, rng: random.Random) -> None:
@@ -225,11 +247,11 @@ async def sample_memory(pid: int, until: float, samples: list[tuple[float, float
 
 
 async def run(
-    port: int, pid: int, cases: list[Case], clients: int, seconds: float
+    port: int, pid: int, cases: list[Case], clients: int, seconds: float, attacks: float
 ) -> tuple[Tally, list[tuple[float, float]], str]:
     tally, samples, until = Tally(), [], time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=limits) as http:
+    base = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=base, timeout=120) as http:
         while True:
             try:
                 await http.get("/health")
@@ -238,7 +260,7 @@ async def run(
                 await asyncio.sleep(0.2)
         await asyncio.gather(
             sample_memory(pid, until, samples),
-            *(client(http, cases, until, tally, random.Random(number)) for number in range(clients)),
+            *(client(number, base, cases, until, tally, attacks) for number in range(clients)),
         )
         return tally, samples, (await http.get("/metrics", headers=HEADERS)).text
 
@@ -252,6 +274,13 @@ def main() -> None:
     parser.add_argument(
         "--batch", choices=BATCHES, default="exact", help="the server's --batch; with fast, responses may differ on PyTorch"
     )
+    parser.add_argument(
+        "--attacks",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the requests that are attacks of tests/fuzz (default 0)",
+    )
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     cases = make_cases(load("sudoku", backend=arguments.backend, dtype="float32"), arguments.cases, random.Random(0))
@@ -264,7 +293,9 @@ def main() -> None:
     environment = {**os.environ, "MLX_DIFFGEMMA_API_KEY": KEY}
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
-        tally, samples, metrics = asyncio.run(run(port, server.pid, cases, arguments.clients, 60 * arguments.minutes))
+        tally, samples, metrics = asyncio.run(
+            run(port, server.pid, cases, arguments.clients, 60 * arguments.minutes, arguments.attacks)
+        )
     finally:
         server.terminate()
         status = server.wait(60)

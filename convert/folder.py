@@ -9,20 +9,10 @@ from pathlib import Path
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.convert.quantize import mlx_version
 from mlx_diffgemma.convert.recipe import Plan
+from mlx_diffgemma.convert.source import carried_over
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.files import read_json
 
-#: Files copied from the source unchanged. config.json and README.md are written new.
-CARRIED_OVER = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "processor*",
-    "preprocessor*",
-    "video_preprocessor*",
-)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 #: Path of a repository's revision in the cache of huggingface_hub.
 _SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})")
@@ -46,9 +36,7 @@ class Origin:
 
 def side_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
     """Name -> content of all files except the weights and their index. Raises BackendError if mlx cannot be imported."""
-    carried = {
-        file.name: file.read_bytes() for pattern in CARRIED_OVER for file in checkpoint.folder.glob(pattern) if file.is_file()
-    }
+    carried = {file.name: file.read_bytes() for file in carried_over(checkpoint.folder)}
     card = model_card(plan, Origin.of(checkpoint)).encode()
     return {**carried, "config.json": _config(checkpoint, plan), "README.md": card}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.checkpoint import Quantization
+from mlx_diffgemma.checkpoint import Checkpoint, Quantization
 from mlx_diffgemma.errors import BackendError
 
 #: Source bytes to pack at a time. On a CPU, mx.quantize briefly takes up to 33 times as much memory (nvfp4), and is fastest with
@@ -28,6 +28,20 @@ def mlx_version() -> str:
             f'mlx packs the weights, but cannot be imported ({reason}); try: pip install "mlx-diffgemma[cpu]"'
         ) from broken
     return version("mlx")
+
+
+def check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the source has exactly the tensors that its config.json asks for. Reads no weights.
+
+    Raises BackendError if mlx cannot be imported.
+    """
+    mlx_version()
+    from mlx.utils import tree_flatten
+
+    from mlx_diffgemma.backends.mlx.model import TextModel
+
+    model: Any = TextModel(checkpoint.config)  # MLX is lazy, so this makes no weights
+    checkpoint.check({name: array.shape for name, array in dict(tree_flatten(model.parameters())).items()})
 
 
 def pack(rows: NDArray[Any], dtype: str, quantization: Quantization | None) -> list[NDArray[Any]]:

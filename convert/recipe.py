@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
-from mlx_diffgemma.checkpoint import FORMATS, NORMS, PART_OF, PARTS, Checkpoint, Quantization, Tensor, part_of
+from mlx_diffgemma.checkpoint import FORMATS, NORMS, PART_OF, PARTS, Checkpoint, Quantization, graph_name, part_of
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.weights import Tensor
 
 #: A part's format: packed by ``mx.quantize``, or None for BF16.
 Format = Quantization | None
@@ -204,9 +205,18 @@ class Plan:
 
 def _check_source(checkpoint: Checkpoint) -> None:
     for tensor in (*checkpoint.tensors.values(), *checkpoint.vision.values()):
-        if tensor.dtype not in _SOURCE_DTYPES or tensor.name.endswith(".scales"):
+        if tensor.dtype == "U32" or tensor.name.endswith(".scales"):
             raise CheckpointError(
                 f"{checkpoint.folder}: already quantized ({tensor.name} is {tensor.dtype}); convert the BF16 checkpoint instead"
+            )
+        if tensor.dtype not in _SOURCE_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {tensor.name} is {tensor.dtype}, but convert reads only BF16, F16 and F32; "
+                "convert the BF16 checkpoint instead"
+            )
+        if not prod(tensor.shape) or (not tensor.shape and part_of(graph_name(tensor.name)) in PARTS):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {tensor.name} has the shape {list(tensor.shape)}, so it holds no matrix; fetch it again"
             )
     per_layer = [module for module, part in PART_OF.items() if part not in ("embedding", "self_conditioning")]
     expected = [f"{module}.weight" for module in PART_OF if module not in per_layer]

@@ -14,7 +14,7 @@ from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.editing.infilling import Candidate, Filling, Hole, Infill, infill
 from mlx_diffgemma.editing.proofreading import Doubt, proofread
 from mlx_diffgemma.editing.revising import Revision, revise
-from mlx_diffgemma.errors import BackendError, CheckpointError, DiffGemmaError, InputError
+from mlx_diffgemma.errors import BackendError, CheckpointError, ComputationError, DiffGemmaError, InputError
 from mlx_diffgemma.pipeline import DiffusionGemma, Score, load
 from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Block, Draft
@@ -27,6 +27,7 @@ __all__ = [
     "Candidate",
     "CausalConfig",
     "CheckpointError",
+    "ComputationError",
     "Content",
     "Conversation",
     "DiffGemmaError",

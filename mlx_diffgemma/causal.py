@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, Piece
+from mlx_diffgemma.backends import Backend, Piece, check_computed
 from mlx_diffgemma.config import CausalConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.prompts import chunks
@@ -58,6 +58,7 @@ def causal(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Token
 
     Raises:
         InputError: before anything is computed.
+        ComputationError: the model computed NaN or infinity.
     """
     check_causal(backend.config, text, config)
     return _tokens(backend, text, config)
@@ -83,6 +84,7 @@ def _tokens(backend: Backend, text: Text, config: CausalConfig) -> Iterator[Toke
         for tokens in pending:
             backend.encode([Piece(tokens, cache)])
         logits = backend.next_logits([cache])[0]
+        check_computed(logits, "the causal pass")
         token = choose(logits, config, noise.causal_key(text.seed, index))
         pending, ended = [np.array([token], np.int32)], token in config.eos_token_ids
         logprob = _logprob(logits, token) if text.logprobs else None

@@ -1,42 +1,49 @@
 """Checkpoints: the files of a folder or hub id, the tensors in them, and which modules are quantized and how.
 
-This module reads no weights. It reads the headers with `safetensors`, which also refuses truncated files. The backends then read
-each tensor from the file that :class:`Tensor` names.
+Opening a checkpoint reads no weights, and downloads none: only the headers of their files (weights.py). The backends call
+:meth:`Checkpoint.fetch_weights`, and then read each tensor from the file that :class:`Tensor` names.
 
 **Names.** The models use the checkpoint's own attribute names, with few exceptions, all in :func:`graph_name`: the prefix
-``model.decoder.`` is removed, the encoder's only text tensors become ``layers.N.encoder_layer_scalar``, and the experts' stacked
-weights, which have no ``.weight`` at their end on the hub, get one (as in MLX's quantized checkpoints).
+``model.decoder.`` is removed, the encoder's own text tensors become ``layers.N.encoder_layer_scalar``, and the experts' stacked
+weights, which have no ``.weight`` at their end on the hub, get one (as in MLX's quantized checkpoints). The output head and the
+encoder's other text tensors are tied: if they are stored, they are copies of the decoder's, and must be equal to them.
 """
 
+import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from mlx_diffgemma import fields
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError
-from mlx_diffgemma.files import fetch, first_line, read_json
+from mlx_diffgemma.files import read_json
+from mlx_diffgemma.hub import SIDE_FILES, Snapshot, local_folder
+from mlx_diffgemma.weights import READABLE, Header, Tensor, indexed_files, read_header, same_bytes, tensors_of, weight_files
 
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _LAYER = re.compile(r"layers\.\d+\.")
 _ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.(layers\.\d+)\.layer_scalar")
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+#: Stored names of copies, and the names of what they are copies of. `transformers` ties these weights, and may store both.
+_TIED = {"model.encoder.language_model.": "", "lm_head.": "embed_tokens."}
 
+#: The largest magnitude of a weight. Larger ones are damage: their products overflow in float32.
+LARGEST = 1e9
+#: The largest scale of the modes with E8M0 scales, which are powers of two: 2^29.
+E8M0_LARGEST = 127 + 29
 
-@dataclass(frozen=True)
-class Tensor:
-    """One stored tensor: its file, name and shape. ``dtype`` is the safetensors name, such as BF16."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * _BYTES.get(self.dtype, 1)
+#: What the numbers of a tensor are: floats, or codes. ``words`` are packed codes, ``e4m3 words`` are packed float8 codes, and
+#: ``e8m0`` and ``e4m3`` are scales in one byte. Each with the safetensors dtypes in which they may be stored.
+Numbers = Literal["float", "words", "e4m3 words", "e8m0", "e4m3"]
+STORED: Mapping[Numbers, tuple[str, ...]] = {
+    "float": ("F32", "BF16", "F16"),
+    "words": ("U32",),
+    "e4m3 words": ("U32",),
+    "e8m0": ("U8",),
+    "e4m3": ("U8",),
+}
 
 
 #: The part of the model that each module with weights belongs to, by the module's path in the model without ``layers.N.``.
@@ -82,9 +89,13 @@ class Quantization:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        groups, bits = FORMATS.get(self.mode, ((), ()))
-        if self.group_size not in groups or self.bits not in bits:
-            raise CheckpointError(f"{self.mode} with {self.bits} bits in groups of {self.group_size} is not a known format")
+        groups, bits = FORMATS.get(self.mode, ((), ())) if isinstance(self.mode, str) else ((), ())
+        whole = type(self.group_size) is int and type(self.bits) is int  # 4.0 == 4, but no shape can be 4.0
+        if not whole or self.group_size not in groups or self.bits not in bits:
+            mode = self.mode if isinstance(self.mode, str) else fields.shown(self.mode)
+            raise CheckpointError(
+                f"{mode} with {fields.shown(self.bits)} bits in groups of {fields.shown(self.group_size)} is not a known format"
+            )
 
     def __str__(self) -> str:
         return f"{self.mode} {self.bits}-bit, groups of {self.group_size}" if self.mode == "affine" else self.mode
@@ -100,6 +111,8 @@ class Checkpoint:
         tensors: the text model's tensors, by their names in the model.
         vision: the tensors of the vision tower, by their stored names. Their weights are never read.
         quantization: the quantized modules, by their paths in the model.
+        twins: further copies of tied tensors, by the names in the model of the tensors that they copy.
+        snapshot: where the files come from, if they come from the hub. The weights may not be downloaded yet.
     """
 
     folder: Path
@@ -108,51 +121,156 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     vision: Mapping[str, Tensor]
     quantization: Mapping[str, Quantization]
+    twins: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Open a folder or a hub id such as ``google/diffusiongemma-26B-A4B-it``. Downloads what is not in the hub's cache.
+        """Open a folder or a hub id such as ``google/diffusiongemma-26B-A4B-it``.
+
+        From the hub, it downloads ``config.json``, then the other small files, then the headers of the weights, and no weights:
+        :meth:`fetch_weights` does that.
 
         Raises CheckpointError if files are missing or incomplete, or if the model is not a DiffusionGemma.
         """
-        folder = fetch(source, revision)
+        folder, snapshot = local_folder(source), None
+        if folder is None:
+            snapshot = Snapshot.open(str(source), revision)
+            folder = snapshot.folder
         raw = read_json(folder / "config.json")
         config = ModelConfig.from_dict(raw)
-        has_generation = (folder / "generation_config.json").exists()
-        generation = read_json(folder / "generation_config.json") if has_generation else raw.get("generation_config") or {}
-        stored = _read_headers(_weight_files(folder))
-        text = {graph_name(name): tensor for name, tensor in stored.items() if not name.startswith(_VISION)}
+        if snapshot is not None:
+            snapshot.fetch(SIDE_FILES)
+        has_generation = os.path.lexists(folder / "generation_config.json")
+        generation = read_json(folder / "generation_config.json") if has_generation else raw.get("generation_config", {})
+        fields.table("config.json: generation_config", generation, CheckpointError)
+        stored = tensors_of(_headers(folder, snapshot))
+        text, twins = _without_twins({name: tensor for name, tensor in stored.items() if not name.startswith(_VISION)})
         return cls(
             folder=folder,
             config=config,
-            generation=GenerationConfig.from_dict(generation),
+            generation=GenerationConfig.from_dict(generation, config.vocab_size),
             tensors=text,
             vision={name: tensor for name, tensor in stored.items() if name.startswith(_VISION)},
             quantization=quantized_modules(raw, text),
+            twins=twins,
+            snapshot=snapshot,
         )
 
+    @property
+    def name(self) -> str:
+        """The hub id or the folder, for messages."""
+        return self.snapshot.repository if self.snapshot else str(self.folder)
+
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError if tensors are missing, unexpected or not of the shape in ``expected``; it names all of them."""
-        missing = sorted(expected.keys() - self.tensors.keys())
-        unexpected = sorted(self.tensors[name].name for name in self.tensors.keys() - expected.keys())
-        misshaped = sorted(
-            f"{self.tensors[name].name} is {list(self.tensors[name].shape)}, not {list(expected[name])}"
-            for name in expected.keys() & self.tensors.keys()
-            if self.tensors[name].shape != expected[name]
-        )
-        problems = [
-            f"{what} {', '.join(names)}"
-            for what, names in (("missing:", missing), ("unexpected:", unexpected), ("of the wrong shape:", misshaped))
-            if names
-        ]
-        if problems:
-            raise CheckpointError(f"{self.folder}: the weights do not fit config.json; tensors {'; '.join(problems)}")
+        """Raise CheckpointError if tensors are missing, unexpected, or not of the right shape and type; it names all of them.
+
+        ``expected`` has the shape of each tensor of the model. No weights are read.
+        """
+        known = sorted(expected.keys() & self.tensors.keys())
+        copies = [(self.tensors[name], twin) for name in known for twin in self.twins.get(name, ())]
+        problems = {
+            "missing:": expected.keys() - self.tensors.keys(),
+            "unexpected:": {self.tensors[name].name for name in self.tensors.keys() - expected.keys()},
+            "of the wrong shape:": {
+                f"{self.tensors[name].name} is {list(self.tensors[name].shape)}, not {list(expected[name])}"
+                for name in known
+                if self.tensors[name].shape != expected[name]
+            },
+            "of the wrong type:": {
+                f"{self.tensors[name].name} is {self.tensors[name].dtype}, not {' or '.join(STORED[self.numbers(name)])}"
+                for name in known
+                if self.tensors[name].dtype not in STORED[self.numbers(name)]
+            }
+            # MLX cannot open a file that has a tensor of such a type.
+            | {f"{name} is {tensor.dtype}" for name, tensor in self.vision.items() if tensor.dtype not in READABLE},
+            "tied but different:": {
+                f"{twin.name} is {twin.dtype} {list(twin.shape)}, {one.name} is {one.dtype} {list(one.shape)}"
+                for one, twin in copies
+                if (twin.dtype, twin.shape) != (one.dtype, one.shape)
+            },
+        }
+        named = [f"{what} {_listed(sorted(names))}" for what, names in problems.items() if names]
+        if named:
+            raise CheckpointError(f"{self.folder}: the weights do not fit config.json; tensors {'; '.join(named)}")
+
+    def fetch_weights(self) -> None:
+        """Download weights that are not in the hub's cache, and compare copies of tied tensors. Call this before reading weights.
+
+        Raises CheckpointError if the disk is full, the download fails, or a copy differs.
+        """
+        tensors = [*self.tensors.values(), *self.vision.values(), *(twin for twins in self.twins.values() for twin in twins)]
+        absent = sorted({tensor.file for tensor in tensors if not tensor.file.exists()})
+        if self.snapshot is not None and absent:
+            self.snapshot.fetch_weights([file.name for file in absent])
+            found = tensors_of({file: read_header(file) for file in absent})
+            if found != {tensor.name: tensor for tensor in tensors if tensor.file in absent}:
+                raise CheckpointError(f"{self.folder}: the weights changed on the hub during the download; run again")
+        for name, twins in self.twins.items():
+            for twin in twins:
+                if not same_bytes(self.tensors[name], twin):
+                    raise CheckpointError(
+                        f"{self.folder}: {twin.name} and {self.tensors[name].name} are tied, but their values differ; "
+                        f"fetch the weights again, or remove one of the two"
+                    )
+
+    def numbers(self, name: str) -> Numbers:
+        """What the numbers of the tensor ``name`` of the model are."""
+        module, _, part = name.rpartition(".")
+        packed = self.quantization.get(module)
+        if packed is None or (part != "weight" and packed.mode == "affine"):
+            return "float"
+        if part == "weight":
+            return "e4m3 words" if packed.mode == "mxfp8" else "words"
+        return "e4m3" if packed.mode == "nvfp4" else "e8m0"
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the text model."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def refuse_numbers(self, name: str, count: int) -> None:
+        """Raise CheckpointError if ``count`` values of a tensor of the model are unusable, as a backend found on loading it."""
+        if count:
+            tensor = self.tensors[name]
+            raise CheckpointError(
+                f"{tensor.file}: {count:,} values of {tensor.name} are NaN, infinite or beyond {LARGEST:.0e}; the weights are "
+                f"damaged, fetch them again"
+            )
+
+
+def _listed(names: Sequence[str], most: int = 100) -> str:
+    return ", ".join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
+
+
+def _headers(folder: Path, snapshot: Snapshot | None) -> dict[Path, Header]:
+    """The headers of all weight files. Those that are not in the hub's cache are read on the hub."""
+    if snapshot is not None:
+        names = indexed_files(folder) or [file.name for file in folder.glob("model*.safetensors")]
+        names = names or sorted(snapshot.missing(["model*.safetensors"]))
+        if names:
+            files = [folder / name for name in names]
+            return {file: read_header(file) if file.exists() else snapshot.header(file.name) for file in files}
+    return {file: read_header(file) for file in weight_files(folder)}
+
+
+def _without_twins(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """The text model's tensors by their names in the model, and the other copies of those that are stored more than once."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in stored.items():
+        groups.setdefault(graph_name(name), []).append(tensor)
+    for group in groups.values():  # the original first, whatever the order in the file
+        group.sort(key=lambda tensor: (tensor.name.startswith(tuple(_TIED)), tensor.name))
+    return {name: group[0] for name, group in groups.items()}, {name: group[1:] for name, group in groups.items() if group[1:]}
 
 
 def graph_name(stored: str) -> str:
     """The name in the model of a stored text tensor. The module docstring lists the renames."""
     if scalar := _ENCODER_SCALAR.fullmatch(stored):
         return f"{scalar[1]}.encoder_layer_scalar"
+    for copy, original in _TIED.items():
+        if stored.startswith(copy):
+            stored = original + stored.removeprefix(copy)
     name = stored.removeprefix("model.decoder.")
     return f"{name}.weight" if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) else name
 
@@ -162,46 +280,13 @@ def part_of(name: str) -> str:
     return PART_OF.get(_LAYER.sub("", name.rpartition(".")[0]), NORMS)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: weight_map is missing")
-        files = sorted({folder / Path(name).name for name in weight_map.values()})
-        absent = [file.name for file in files if not file.exists()]
-        if absent:
-            raise CheckpointError(f"{folder}: missing shards: {', '.join(absent)}; fetch them again")
-        return files
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: neither model.safetensors nor an index of shards is there; is this a model folder?")
-    return files
-
-
-def _read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part = shard.get_slice(name)
-                    if name in tensors:
-                        raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
-                    tensors[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as broken:
-            raise CheckpointError(f"{file}: truncated or not safetensors ({first_line(broken)}); fetch it again") from None
-    return tensors
-
-
 def quantized_modules(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Quantization]:
     """How each quantized module among ``tensors`` is packed, by module path. ``raw`` is the parsed ``config.json``.
 
     A module is quantized if and only if its ``.scales`` exist. Its format is its own entry in the table, or else the global one.
     """
     table = raw.get("quantization") or raw.get("quantization_config") or {}
+    fields.table("config.json: quantization", table, CheckpointError)
     if "quant_method" in table:
         raise CheckpointError(
             f"config.json: quantized by {table['quant_method']}, which is not supported; convert the BF16 checkpoint instead"
@@ -211,8 +296,12 @@ def quantized_modules(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         if not name.endswith(".scales"):
             continue
         override = table.get(scales.name.removesuffix(".scales"))
+        if override not in (None, True) and not isinstance(override, Mapping):
+            raise CheckpointError(
+                f"config.json: {scales.name} exists, but quantization has {fields.shown(override)} for its module"
+            )
         # An override without a mode is affine, even if the global mode is another one.
-        entry = {"mode": "affine", **override} if isinstance(override, dict) else table
+        entry = {"mode": "affine", **override} if isinstance(override, Mapping) else table
         try:
             quantized[name.removesuffix(".scales")] = Quantization(
                 entry["group_size"], entry["bits"], entry.get("mode", "affine")

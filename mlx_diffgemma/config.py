@@ -13,10 +13,33 @@ from typing import Any, Self
 
 import numpy as np
 
+from mlx_diffgemma import fields
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.options import unknown_option
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+#: The largest sizes that a configuration may name, each at least 16 times that of the released model. They are checked before
+#: anything of such a size is made. Together they keep the number of a tensor's elements below 2^63.
+_SIZES = {
+    "vocab_size": 2**22,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**20,
+    "moe_intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_experts": 2**16,
+    "top_k_experts": 2**16,
+    "sliding_window": 2**24,
+    "max_position_embeddings": 2**24,
+    "canvas_length": 2**12,
+}
+_MAX_LAYERS, _MAX_HEAD_DIM = 2**10, 2**14
+_NUMBERS = {"rms_norm_eps": (1e-12, 1.0), "final_logit_softcapping": (1e-3, 1e6)}
+
+#: The lowest ``t_max``, and the highest temperature. Logits divided by any temperature between them stay far within float32.
+COLDEST, HOTTEST = 1e-6, 1e3
+#: The most tokens that can be asked for; the model's context is the limit in practice.
+MAX_NEW_TOKENS = _SIZES["max_position_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +53,14 @@ class RopeConfig:
     rope_type: str
     rope_theta: float
     partial_rotary_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        fields.number("config.json: rope_theta", self.rope_theta, 1.0, 1e12, CheckpointError)
+        factor = fields.number("config.json: partial_rotary_factor", self.partial_rotary_factor, 0.0, 1.0, CheckpointError)
+        if self.rope_type != "proportional" and (self.rope_type != "default" or factor != 1.0):
+            raise CheckpointError(
+                f"config.json: rope_type {fields.shown(self.rope_type)} with partial_rotary_factor {factor} is not supported"
+            )
 
     def inverse_frequencies(self, head_dim: int) -> list[float]:
         """Radians per position of the head_dim / 2 split-half pairs.
@@ -52,6 +83,13 @@ class LayerConfig:
     head_dim: int
     num_key_value_heads: int
     rope: RopeConfig
+
+    def __post_init__(self) -> None:
+        head_dim = fields.integer("config.json: head_dim", self.head_dim, 2, _MAX_HEAD_DIM, CheckpointError)
+        if head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim must be even, got {head_dim}")
+        heads = _SIZES["num_attention_heads"]
+        fields.integer("config.json: num_key_value_heads", self.num_key_value_heads, 1, heads, CheckpointError)
 
     @property
     def is_sliding(self) -> bool:
@@ -82,47 +120,52 @@ class ModelConfig:
         return len(self.layers)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("layers", "image_token_id") and not value > 0:
-                raise CheckpointError(f"config.json: {field.name} must be positive, got {value}")
+        for name, most in _SIZES.items():
+            fields.integer(f"config.json: {name}", getattr(self, name), 1, most, CheckpointError)
+        for name, (least, largest) in _NUMBERS.items():
+            fields.number(f"config.json: {name}", getattr(self, name), least, largest, CheckpointError)
+        if self.image_token_id is not None:
+            fields.integer("config.json: image_token_id", self.image_token_id, 0, 2**31 - 1, CheckpointError)
         if not self.layers:
             raise CheckpointError("config.json: the model has no layers")
         if self.top_k_experts > self.num_experts:
             raise CheckpointError(f"config.json: top_k_experts {self.top_k_experts} exceeds num_experts {self.num_experts}")
+        if self.canvas_length > self.max_position_embeddings:
+            raise CheckpointError(
+                f"config.json: canvas_length {self.canvas_length} exceeds max_position_embeddings {self.max_position_embeddings}"
+            )
         for layer in self.layers:
-            if layer.num_key_value_heads <= 0 or self.num_attention_heads % layer.num_key_value_heads:
+            if self.num_attention_heads % layer.num_key_value_heads:
                 raise CheckpointError(
                     f"config.json: {self.num_attention_heads} attention heads cannot share "
                     f"{layer.num_key_value_heads} key-value heads evenly"
                 )
-            if layer.head_dim <= 0 or layer.head_dim % 2:
-                raise CheckpointError(f"config.json: head_dim must be positive and even, got {layer.head_dim}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read the parsed ``config.json`` of either layout. Raises CheckpointError if it is not that of a DiffusionGemma."""
         if config.get("model_type") != "diffusion_gemma":
             raise CheckpointError(
-                f"config.json: model_type is {config.get('model_type')!r}, not 'diffusion_gemma': this is not a DiffusionGemma"
+                f"config.json: model_type is {fields.shown(config.get('model_type'))}, not 'diffusion_gemma': "
+                f"this is not a DiffusionGemma"
             )
-        text = config.get("text_config")
-        if not isinstance(text, Mapping):
-            raise CheckpointError("config.json: text_config is missing")
+        text = _required(config, "text_config")
+        fields.table("config.json: text_config", text, CheckpointError)
         _refuse_unsupported(text)
-        try:
-            return cls(
-                **{name: text[name] for name in _TEXT_FIELDS},
-                # transformers leaves this field out if it has the default value
-                final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
-                canvas_length=config["canvas_length"],
-                layers=_layers(text),
-                image_token_id=config.get("image_token_id"),
-            )
-        except KeyError as missing:
-            raise CheckpointError(f"config.json: {missing.args[0]} is missing") from None
-        except (TypeError, AttributeError, ValueError) as wrong:
-            raise CheckpointError(f"config.json: a value has the wrong type ({wrong})") from None
+        return cls(
+            **{name: _required(text, name) for name in _TEXT_FIELDS},
+            # transformers leaves this field out if it has the default value
+            final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
+            canvas_length=_required(config, "canvas_length"),
+            layers=_layers(text),
+            image_token_id=config.get("image_token_id"),
+        )
+
+
+def _required(table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise CheckpointError(f"config.json: {name} is missing")
+    return table[name]
 
 
 _OTHER_FIELDS = ("canvas_length", "layers", "image_token_id", "final_logit_softcapping")
@@ -131,57 +174,65 @@ _TEXT_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
     """Raise CheckpointError for options of the architecture that are not built here; no published checkpoint uses them."""
-    if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise CheckpointError(f"config.json: hidden_activation {text['hidden_activation']!r} is not supported")
-    if text.get("attention_bias"):
-        raise CheckpointError("config.json: attention_bias is not supported")
-    if text.get("use_bidirectional_attention") not in (None, "vision"):
-        raise CheckpointError("config.json: use_bidirectional_attention 'all' is not supported")
-    if text.get("tie_word_embeddings") is False:
-        raise CheckpointError("config.json: an untied output head is not supported")
+    for name, supported in (
+        ("hidden_activation", ("gelu_pytorch_tanh",)),
+        ("attention_bias", (False, None)),
+        ("use_bidirectional_attention", ("vision", None)),
+        ("tie_word_embeddings", (True, None)),
+    ):
+        value = text.get(name, supported[0])
+        if not any(value is known or (isinstance(value, str) and value == known) for known in supported):
+            raise CheckpointError(f"config.json: {name} {fields.shown(value)} is not supported")
 
 
 def _layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
-    ropes = {layer_type: _rope(text["rope_parameters"][layer_type]) for layer_type in set(text["layer_types"])}
-    per_layer: Mapping[str, Any] = text.get("per_layer_config") or {}
-    layers = []
-    for index, layer_type in enumerate(text["layer_types"]):
+    count = fields.integer(
+        "config.json: num_hidden_layers", _required(text, "num_hidden_layers"), 1, _MAX_LAYERS, CheckpointError
+    )
+    types = _required(text, "layer_types")
+    if not isinstance(types, list | tuple):
+        raise CheckpointError(f"config.json: layer_types must be a list, got {fields.shown(types)}")
+    if len(types) != count:
+        raise CheckpointError(f"config.json: {len(types)} layer_types for {count} layers")
+    for layer_type in types:
         if layer_type not in (SLIDING, FULL):
-            raise CheckpointError(f"config.json: layer type {layer_type!r} is not supported")
-        overrides: Mapping[str, Any] = per_layer.get(str(index), {})
-        if not per_layer and layer_type == FULL:
-            overrides = {
-                "head_dim": text.get("global_head_dim"),
-                "num_key_value_heads": text.get("num_global_key_value_heads"),
-            }
-        layers.append(
-            LayerConfig(
-                layer_type,
-                overrides.get("head_dim") or text["head_dim"],
-                overrides.get("num_key_value_heads") or text["num_key_value_heads"],
-                ropes[layer_type],
-            )
-        )
-    if len(layers) != text["num_hidden_layers"]:
-        raise CheckpointError(f"config.json: {len(layers)} layer_types for {text['num_hidden_layers']} layers")
+            raise CheckpointError(f"config.json: layer type {fields.shown(layer_type)} is not supported")
+    ropes = _table(text, "rope_parameters")
+    rope_of = {layer_type: _rope(_table(ropes, layer_type)) for layer_type in set(types)}
+    per_layer = {} if text.get("per_layer_config") is None else _table(text, "per_layer_config")
+    layers = []
+    for index, layer_type in enumerate(types):
+        own: Mapping[str, Any] = {}
+        if per_layer:
+            own = fields.table(f"config.json: per_layer_config[{index}]", per_layer.get(str(index), {}), CheckpointError)
+        elif layer_type == FULL:
+            own = {"head_dim": text.get("global_head_dim"), "num_key_value_heads": text.get("num_global_key_value_heads")}
+        sizes: list[Any] = [
+            text.get(name) if own.get(name) is None else own[name] for name in ("head_dim", "num_key_value_heads")
+        ]
+        layers.append(LayerConfig(layer_type, sizes[0], sizes[1], rope_of[layer_type]))
     return tuple(layers)
 
 
+def _table(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return fields.table(f"config.json: {name}", _required(content, name), CheckpointError)
+
+
 def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
-    rope_type, factor = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
-    if rope_type not in ("default", "proportional") or (rope_type == "default" and factor != 1.0):
-        raise CheckpointError(f"config.json: rope_type {rope_type!r} with partial_rotary_factor {factor} is not supported")
-    return RopeConfig(rope_type, parameters["rope_theta"], factor)
+    return RopeConfig(
+        _required(parameters, "rope_type"), _required(parameters, "rope_theta"), parameters.get("partial_rotary_factor", 1.0)
+    )
 
 
 @dataclass(frozen=True)
 class _Options:
     """Base of the options of both modes."""
 
-    def _require_integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+    def _require_integer(self, name: str, least: int, most: int) -> None:
+        fields.integer(name, getattr(self, name), least, most, InputError)
+
+    def _require_ends(self) -> None:
+        fields.token_ids("eos_token_ids", getattr(self, "eos_token_ids"), _SIZES["vocab_size"], InputError)  # noqa: B009
 
     def replace(self, **options: Any) -> Self:
         """A copy with other options; None leaves an option as it is. Raises InputError for an unknown name or a bad value."""
@@ -229,34 +280,47 @@ class GenerationConfig(_Options):
     canvas_length: int | None = None
 
     def __post_init__(self) -> None:
-        self._require_integer("max_new_tokens", least=1)
-        self._require_integer("max_denoising_steps", least=1)
-        self._require_integer("stability_threshold", least=0)
+        self._require_integer("max_new_tokens", 1, MAX_NEW_TOKENS)
+        self._require_integer("max_denoising_steps", 1, 1024)
+        self._require_integer("stability_threshold", 0, 1024)
+        self._require_integer("pad_token_id", 0, _SIZES["vocab_size"] - 1)
         if self.canvas_length is not None:
-            self._require_integer("canvas_length", least=1)
-        for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
-            value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value < 0:
-                raise InputError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if self.t_max < self.t_min or self.t_max == 0:
-            raise InputError(f"t_max must be above 0 and not below t_min, got t_max {self.t_max} and t_min {self.t_min}")
+            self._require_integer("canvas_length", 1, _SIZES["canvas_length"])
+        for name, most in (("t_min", HOTTEST), ("t_max", HOTTEST), ("entropy_bound", 1e6), ("confidence_threshold", 1e6)):
+            fields.number(name, getattr(self, name), 0.0, most, InputError)
+        if self.t_max < self.t_min or self.t_max < COLDEST:
+            raise InputError(
+                f"t_max must be at least {COLDEST} and not below t_min, got t_max {self.t_max} and t_min {self.t_min}"
+            )
+        fields.flag("greedy", self.greedy, InputError)
+        self._require_ends()
 
     def temperature(self, steps_left: int) -> float:
         """The temperature with ``steps_left`` steps to go, including the current one (N, N-1, ..., 1 of N)."""
         return self.t_min + (self.t_max - self.t_min) * steps_left / self.max_denoising_steps
 
     @classmethod
-    def from_dict(cls, generation: Mapping[str, Any]) -> Self:
-        """Read the parsed ``generation_config.json``. Options that are absent or null take their defaults."""
+    def from_dict(cls, generation: Mapping[str, Any], vocab_size: int = _SIZES["vocab_size"]) -> Self:
+        """Read the parsed ``generation_config.json``. Options that are absent or null take their defaults.
+
+        Raises CheckpointError for a value that is wrong, or a token id that is not below ``vocab_size``.
+        """
+        where = "generation_config.json: "
         options = {name: generation.get(name) for name in cls.option_names()}
-        sampler = generation.get("sampler_config") or {}
-        options["entropy_bound"] = sampler.get("entropy_bound")
+        sampler = generation.get("sampler_config")
+        if sampler is not None:
+            options["entropy_bound"] = fields.table(f"{where}sampler_config", sampler, CheckpointError).get("entropy_bound")
         end = generation.get("eos_token_id")
-        options["eos_token_ids"] = None if end is None else tuple(end) if isinstance(end, list) else (end,)
+        if end is not None:
+            ends = end if isinstance(end, list) else [end]
+            end = fields.token_ids(f"{where}eos_token_id", ends, vocab_size, CheckpointError)
+        options["eos_token_ids"] = end
+        if options["pad_token_id"] is not None:
+            fields.integer(f"{where}pad_token_id", options["pad_token_id"], 0, vocab_size - 1, CheckpointError)
         try:
             return cls().replace(**options)
         except InputError as wrong:
-            raise CheckpointError(f"generation_config.json: {wrong}") from None
+            raise CheckpointError(f"{where}{wrong}") from None
 
 
 @dataclass(frozen=True)
@@ -283,15 +347,18 @@ class CausalConfig(_Options):
     eos_token_ids: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        self._require_integer("max_new_tokens", least=1)
+        self._require_integer("max_new_tokens", 1, MAX_NEW_TOKENS)
         if self.top_k is not None:
-            self._require_integer("top_k", least=1)
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+            self._require_integer("top_k", 1, _SIZES["vocab_size"])
+        if not fields.is_number(self.temperature) or not 0 < self.temperature < math.inf:
             raise InputError(
-                f"temperature must be a finite number above 0 (for the most likely token, use greedy), got {self.temperature!r}"
+                f"temperature must be a finite number above 0 (for the most likely token, use greedy), "
+                f"got {fields.shown(self.temperature)}"
             )
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        if self.top_p is not None and (not fields.is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise InputError(f"top_p must be above 0 and at most 1, got {fields.shown(self.top_p)}")
+        fields.flag("greedy", self.greedy, InputError)
+        self._require_ends()
 
     @classmethod
     def from_generation(cls, generation: GenerationConfig) -> Self:
@@ -301,7 +368,3 @@ class CausalConfig(_Options):
             greedy=generation.greedy,
             eos_token_ids=generation.eos_token_ids,
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

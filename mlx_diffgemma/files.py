@@ -1,79 +1,63 @@
-"""Files: find or download a checkpoint's folder, read JSON, and replace a text file atomically."""
+"""Files: read and check JSON, and replace a text file atomically."""
 
-import errno
 import json
 import os
-import re
+import stat
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.errors import CheckpointError
 
-#: The files of a hub repository that a checkpoint needs. Weights in other formats are not downloaded.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-
-#: Models that come with the package.
-BOXED = ("sudoku",)
-_MODELS = Path(__file__).parent / "models"
-
-
-def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``source`` itself, or its snapshot from the hub, downloaded if it is not in the cache.
-
-    A model that comes with the package (``sudoku``) takes precedence over a folder of that name. Write ``./sudoku`` for the
-    folder.
-    """
-    if source in BOXED:
-        return _MODELS / source
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    text = str(source)
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith("."):
-        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME")
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{text}: no such folder here, and no such repository on the hub (or it needs a login)") from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{text}: the hub has no revision {revision!r}; name a branch, tag or commit of it") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(f"{text}: not in the local cache, and the hub cannot be reached; check the network") from None
-    except HfHubHTTPError as refused:
-        raise CheckpointError(f"{text}: the hub refused the download: {first_line(refused)}") from None
-    except OSError as failed:
-        if failed.errno == errno.ENOSPC:
-            raise CheckpointError(f"{text}: the disk is full; free some space and run again, the download resumes") from None
-        raise CheckpointError(f"{text}: the download failed: {first_line(failed)}") from None
-    except HFValidationError:
-        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form OWNER/NAME") from None
-    # When a connection breaks, the hub library's HTTP client and its Rust downloader raise many kinds of exceptions.
-    except Exception as failed:
-        raise CheckpointError(f"{text}: the download failed: {first_line(failed)}; run again, the download resumes") from failed
+#: The most bytes of a JSON file. The largest in use, the index of a checkpoint of many shards, has 0.1 MB.
+MAX_JSON = 16 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises CheckpointError if the file is missing or is not a JSON object."""
+    """Read a JSON object from a file, in UTF-8 with or without a byte order mark.
+
+    Raises CheckpointError if the file is missing, is not a regular file of at most :data:`MAX_JSON` bytes, or holds something
+    else than a JSON object, a name twice, or values that are nested too deep. ``NaN`` and ``Infinity`` are read as numbers:
+    whoever uses a number checks its range.
+    """
+    check_file(path, MAX_JSON)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing; is this a model folder?") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_twins)
+    except RecursionError:
+        raise CheckpointError(f"{path}: cannot be read: the values are nested too deep; fetch it again") from None
     except (OSError, ValueError) as broken:
         raise CheckpointError(f"{path}: cannot be read: {first_line(broken)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
+
+
+def check_file(path: Path, most: int) -> None:
+    """Raise CheckpointError unless ``path`` is a regular file of at most ``most`` bytes, or a link to one.
+
+    Nothing else may be opened: a pipe, for example, would wait for its writer.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        what = "is a broken link; fetch it again" if path.is_symlink() else "is missing; is this a model folder?"
+        raise CheckpointError(f"{path.parent}: {path.name} {what}") from None
+    except (OSError, ValueError) as broken:
+        raise CheckpointError(f"{path}: cannot be read: {first_line(broken)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    if status.st_size > most:
+        raise CheckpointError(f"{path}: has {status.st_size:,} bytes, more than the {most:,} that such a file may have")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. A name that stands twice would mean one thing to one reader and another to the next."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} stands twice in an object")
+    return table
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """A loaded model: joins a checkpoint, its tokenizer, a backend and the sampler, and turns prompts into text."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, Piece, check_tokens, chosen_backend, load_backend
+from mlx_diffgemma.arguments import checked
+from mlx_diffgemma.backends import Backend, Piece, Progress, check_tokens, find_place, load_backend, scored
 from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.hub import local_folder
 from mlx_diffgemma.options import SamplerOptions, spelled_out
 from mlx_diffgemma.prefix_cache import read
 from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.steps import Steps, run
 from mlx_diffgemma.tokenizer import Tokenizer
 from mlx_diffgemma.writing import Event, Generation, Writing, fresh_seed, sampling_config, write
 
@@ -48,21 +53,42 @@ class DiffusionGemma:
     Both take a model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend) -> None:
-        self.checkpoint, self.backend = checkpoint, backend
+    def __init__(
+        self, checkpoint: Checkpoint, backend: Backend | None = None, *, loader: Callable[[], Backend] | None = None
+    ) -> None:
+        """Take a loaded ``backend``, or else a ``loader`` that loads it when it is first needed."""
+        if backend is None and loader is None:
+            raise TypeError("a model needs a backend or a loader")
+        self.checkpoint, self._backend, self._loader = checkpoint, backend, loader
+
+    @property
+    def backend(self) -> Backend:
+        """The weights on their device."""
+        if self._backend is None and self._loader is not None:
+            self._backend = self._loader()
+        assert self._backend is not None
+        return self._backend
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self.checkpoint.config
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. It is loaded on first use."""
-        return Tokenizer.from_folder(self.checkpoint.folder, self.checkpoint.generation.eos_token_ids)
+        return Tokenizer.from_folder(
+            self.checkpoint.folder, self.checkpoint.generation.eos_token_ids, self.checkpoint.config.vocab_size
+        )
 
     @cached_property
     def piece_rule(self) -> PieceRule:
         """The rule that cuts the model's texts into pieces for the causal pass."""
         ends = {self.tokenizer.end_of_turn_id, *self.checkpoint.generation.eos_token_ids}
-        return PieceRule(self.backend.config.canvas_length, tuple(sorted(ends)), self.tokenizer.reply_starts)
+        return PieceRule(self.config.canvas_length, tuple(sorted(ends)), self.tokenizer.reply_starts)
 
     @spelled_out
+    @checked
     def generate(
         self,
         prompt: Prompt,
@@ -86,6 +112,7 @@ class DiffusionGemma:
         raise AssertionError("a stream ends in its Generation")
 
     @spelled_out
+    @checked
     def stream(
         self,
         prompt: Prompt,
@@ -126,6 +153,7 @@ class DiffusionGemma:
 
         Raises:
             InputError: by this call itself, before the first event is requested.
+            ComputationError: the model computed NaN or infinity.
         """
         ids = self.prompt_ids(prompt, raw=raw, system=system, markup=markup)
         writing = Writing(
@@ -134,16 +162,17 @@ class DiffusionGemma:
             stop=tuple(stop),
             settled=settled,
             logprobs=logprobs,
-            frozen=None if frozen is None else np.asarray(frozen, np.int32),
-            canvas=None if canvas is None else np.asarray(canvas, np.int32),
+            frozen=frozen,
+            canvas=canvas,
         )
-        writing.check(self.backend.config, ids)
+        writing.check(self.config, ids)
         return self._stream(ids, writing)
 
     def _stream(self, ids: NDArray[np.int32], writing: Writing) -> Iterator[Event]:
         context = read(self.backend, ids, self.piece_rule)
         yield from write(self.backend, self.tokenizer, context, writing)
 
+    @checked
     def score(
         self,
         text: str | Sequence[int],
@@ -163,7 +192,8 @@ class DiffusionGemma:
             raw: use the prompt unchanged, without the chat template. If there is no prompt, begin with ``text`` itself. Its first
                 token then has no probability and does not count in the perplexity.
 
-        Raises InputError if the text is empty or if, with the prompt, it exceeds the model's context.
+        Raises InputError if the text is empty or if, with the prompt, it exceeds the model's context, and ComputationError if the
+        model computed NaN or infinity.
         """
         tokens = self._checked_ids(self.tokenizer.encode(text, markup=markup) if isinstance(text, str) else text)
         before: NDArray[np.int32] = np.empty(0, np.int32)
@@ -173,46 +203,85 @@ class DiffusionGemma:
             raise InputError("a system message needs a prompt; give one, or leave out system")
         elif not raw:
             before = np.array([self.tokenizer.bos_token_id], np.int32)
-        total, context = len(before) + len(tokens), self.backend.config.max_position_embeddings
+        total, context = len(before) + len(tokens), self.config.max_position_embeddings
         if total > context:
             raise InputError(f"the text and its prompt have {total} tokens, but the model's context is {context}; shorten them")
         cache = read(self.backend, before, self.piece_rule).cache if before.size else self.backend.new_cache()
-        parts = [self.backend.score([Piece(piece, cache)])[0] for piece in chunks(tokens)]
+        parts = [scored(self.backend, Piece(piece, cache)) for piece in chunks(tokens)]
         return Score(tokens.tolist(), np.concatenate(parts).tolist())
 
+    @checked
     def prompt_ids(
         self, prompt: Prompt, *, raw: bool = False, system: str | None = None, markup: bool = False
     ) -> NDArray[np.int32]:
         """Token ids [N] of a prompt, read as in :meth:`stream`."""
+        return run(self.prompt_steps(prompt, raw=raw, system=system, markup=markup))
+
+    def prompt_steps(
+        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, markup: bool = False
+    ) -> Steps[NDArray[np.int32]]:
+        """:meth:`prompt_ids` in steps."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty")
             if raw:
                 if system is not None:
                     raise InputError("a system message needs the chat template; leave out raw, or write it into the prompt")
-                return self._checked_ids(self.tokenizer.encode(prompt, markup=markup))
+                return self._checked_ids((yield from self.tokenizer.encode_steps(prompt, markup=markup)))
             prompt = [{"role": "user", "content": prompt}]
         if not len(prompt):  # noqa: PLC1802 (a NumPy array has no truth value)
             raise InputError("the prompt is empty")
         if isinstance(prompt[0], Mapping):
             messages = [{"role": "system", "content": system}] if system is not None else []
-            return self._checked_ids(self.tokenizer.chat([*messages, *prompt], markup=markup))
+            return self._checked_ids((yield from self.tokenizer.chat_steps([*messages, *prompt], markup=markup)))
         if system is not None:
             raise InputError("a system message needs the chat template; leave it out, or give a text instead of token ids")
         return self._checked_ids(prompt)
 
     def _checked_ids(self, ids: Sequence[Any]) -> NDArray[np.int32]:
-        if self.backend.config.image_token_id in ids:
+        if self.config.image_token_id in ids:
             raise InputError("the prompt has an image, and images are not supported yet; leave it out")
         tokens = np.asarray(ids)
         if not tokens.size:
             raise InputError("the text is empty")
         if tokens.dtype.kind not in "iu":
             raise InputError("a prompt of token ids must be integers")
-        check_tokens(tokens, self.backend.config)  # before int32 overflows
+        check_tokens(tokens, self.config)  # before int32 overflows
         return tokens.astype(np.int32)
 
 
+def prepare(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    showing: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(lambda done, total: None),
+) -> DiffusionGemma:
+    """As :func:`load`, but without the weights: they are downloaded and loaded when the model's backend is first needed.
+
+    What costs little is checked first, in this order: the form of ``source``, the backend, the device, ``config.json``, the other
+    small files, the headers of the weights, the tokenizer.
+
+    Args:
+        showing: a context manager that is open while the weights are loaded. It yields the function that receives the progress.
+    """
+    local_folder(source)
+    find_place(backend, device=device, dtype=dtype)
+    checkpoint = Checkpoint.open(source, revision)
+
+    def loader() -> Backend:
+        with showing() as progress:
+            return load_backend(checkpoint, backend, device=device, dtype=dtype, force=force, progress=progress)
+
+    model = DiffusionGemma(checkpoint, loader=loader)
+    _ = model.tokenizer  # a damaged one is refused before the weights are read
+    return model
+
+
+@checked
 def load(
     source: str | Path,
     *,
@@ -220,17 +289,20 @@ def load(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    force: bool = False,
 ) -> DiffusionGemma:
     """Load a checkpoint from a folder or the hub.
+
+    From the hub, the weights are downloaded last: after the checks of everything else, of the free memory and of the free disk.
 
     Args:
         source: a folder, or a hub id such as ``google/diffusiongemma-26B-A4B-it``.
         revision: a branch, tag or commit of the hub's repository.
-        backend, device, dtype: see :func:`mlx_diffgemma.backends.load_backend`.
+        backend, device, dtype, force: see :func:`mlx_diffgemma.backends.load_backend`.
 
     Raises:
         CheckpointError, BackendError, InputError: with one line that says what is wrong and what to do.
     """
-    backend = chosen_backend(backend, dtype)  # raises before a download of many gigabytes
-    checkpoint = Checkpoint.open(source, revision)
-    return DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
+    model = prepare(source, revision=revision, backend=backend, device=device, dtype=dtype, force=force)
+    _ = model.backend
+    return model

@@ -24,7 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import MAX_BATCH, Backend, Cache, Denoised, Piece, Row, check_tokens, rows_in_pass
+from mlx_diffgemma.backends import (
+    MAX_BATCH,
+    Backend,
+    Cache,
+    Denoised,
+    Piece,
+    Row,
+    check_computed,
+    check_tokens,
+    rows_in_pass,
+    scored,
+)
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.prompts import chunks
@@ -165,12 +176,13 @@ class Canvas:
 
 
 def decide(canvas: Canvas, answer: Denoised, rules: Rules) -> Canvas:
-    """The canvas after a step in which the backend returned ``answer``.
+    """The canvas after a step in which the backend returned ``answer``. Raises ComputationError if an entropy is no number.
 
     Accepted positions take their sampled token, and all others take fresh noise. The canvas is done when its argmax equals the
     argmax of each of the last ``stability_threshold`` steps and the mean entropy of the free positions is below
     ``confidence_threshold``, or when it has taken ``max_denoising_steps`` steps.
     """
+    check_computed(answer.entropy, "a denoising step")
     config, step = rules.config, canvas.step + 1
     free = np.ones(len(canvas.tokens), bool) if canvas.template is None else canvas.template == FREE
     accepted = accept(answer.entropy, free, config.entropy_bound)
@@ -222,6 +234,7 @@ def block_diffusion(backend: Backend, text: Text, config: GenerationConfig) -> I
 
     Raises:
         InputError: before anything is computed.
+        ComputationError: the model computed NaN or infinity.
     """
     return (event for _, event in diffuse(backend, [text], config))
 
@@ -241,6 +254,7 @@ def diffuse(
 
     Raises:
         InputError: before anything is computed.
+        ComputationError: the model computed NaN or infinity for one of the texts. This ends all of them.
     """
     length = config.canvas_length or backend.config.canvas_length
     rules = Rules(config, length, backend.config.vocab_size)
@@ -281,7 +295,7 @@ class _Writing:
         if self.text.logprobs:
             started = time.perf_counter()
             count = min(count, config.max_new_tokens - canvas.block * self.rules.length)
-            [logprobs] = self.backend.score([Piece(tokens[:count], self.cache)])
+            logprobs = scored(self.backend, Piece(tokens[:count], self.cache))
             self.encode_seconds += time.perf_counter() - started
         block = Block(canvas.block, tokens, canvas.step, ended, self.encode_seconds, self.denoise_seconds, logprobs)
         self.encode_seconds = self.denoise_seconds = 0.0

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_diffgemma.arguments import checked
 from mlx_diffgemma.errors import InputError
 
 
+@checked
 @dataclass(frozen=True)
 class Settled:
     """The rule for when a position has settled.
@@ -31,7 +33,7 @@ class Settled:
     entropy: float = 0.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if self.steps < 1:
             raise InputError(f"steps must be an integer of at least 1, got {self.steps!r}")
         if not self.entropy > 0:
             raise InputError(f"entropy must be above 0 nats, got {self.entropy!r}")

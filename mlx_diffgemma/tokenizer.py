@@ -2,8 +2,8 @@
 
 It reads two kinds of files: ``tokenizer.json``, and SentencePiece's ``tokenizer.model``. Both contain Gemma's BPE, which writes a
 space as ``▁``. A character outside the vocabulary becomes its UTF-8 bytes, as pieces named ``<0x00>`` to ``<0xFF>``. transformers
-reads both files, encodes text, and renders the chat template in its sandbox. It is imported when a tokenizer is loaded, which
-takes half a second.
+reads both files and encodes text. It is imported when a tokenizer is loaded, which takes half a second. The chat template is
+rendered by :mod:`mlx_diffgemma.templates`.
 """
 
 import codecs
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mlx_diffgemma.errors import CheckpointError, InputError
-from mlx_diffgemma.files import read_json
+from mlx_diffgemma.files import first_line
 from mlx_diffgemma.prompts import CHANNEL, MARKERS, RESPONSE_END, TURN, TURN_END, check_messages, is_list
+from mlx_diffgemma.steps import Steps, run
+from mlx_diffgemma.tokenizer_files import check_vocabulary, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,8 @@ _CALLED = {"id": "0", "type": "function", "function": {"name": "f", "arguments":
 _TOOL = (*_USER, {"role": "assistant", "tool_calls": [_CALLED]}, {"role": "tool", "tool_call_id": "0", "content": "Hi"})
 # Put between the characters of a special token that a caller's text spells. A lone surrogate, which no valid text contains.
 _CUT = "\udfff"
+# Pieces that one step encodes: about 10 ms.
+_PIECES = 1000
 
 
 class Tokenizer:
@@ -51,15 +55,16 @@ class Tokenizer:
         self._structural = {self.pad_token_id, self.eos_token_id, self.bos_token_id, *end_token_ids, *markers}
 
     @classmethod
-    def from_folder(cls, folder: Path, end_token_ids: Iterable[int] = ()) -> Self:
+    def from_folder(cls, folder: Path, end_token_ids: Iterable[int] = (), vocab_size: int | None = None) -> Self:
         """Read ``tokenizer.json`` or else ``tokenizer.model``, and ``tokenizer_config.json`` and the chat template if they exist.
 
         Args:
             end_token_ids: other tokens that end a text, in addition to the end token and the end of a turn. :meth:`decode` drops
                 them too.
+            vocab_size: the number of the model's ids. Each must have a token, and no token may have another id.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or the tokens do not fit the model.
         """
         # Without PyTorch, transformers would print advice to install it on stderr.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -69,19 +74,25 @@ class Tokenizer:
             "tokenizer.json": PreTrainedTokenizerFast,
             "tokenizer.model": SentencePieceBackend,
         }
-        name = next((name for name in kinds if (folder / name).is_file()), None)
+        name = next((name for name in kinds if (folder / name).exists()), None)
         if name is None:
             raise CheckpointError(f"{folder}: neither tokenizer.json nor tokenizer.model is there; is this a model folder?")
-        if (folder / "tokenizer_config.json").exists():
-            read_json(folder / "tokenizer_config.json")  # raises an error that names this file if it is damaged
-        try:
-            backend = kinds[name].from_pretrained(str(folder), local_files_only=True)
-        # A damaged file can raise any exception. The Rust library even raises a bare Exception.
-        except Exception as broken:
-            reason = f"{type(broken).__name__}: {broken}".partition("\n")[0]
-            raise CheckpointError(
-                f"{folder}: {name} and the files beside it cannot be read ({reason}); fetch them again"
-            ) from broken
+        with readable(folder) as place:
+            try:
+                backend = kinds[name].from_pretrained(str(place), local_files_only=True)
+                vocabulary = backend.get_vocab()
+                backend.encode("Hi", add_special_tokens=False)  # a damaged tokenizer may load and then fail
+                if not isinstance(backend.chat_template, str | dict | None):
+                    raise TypeError("the chat template is not a text")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            # A damaged file can raise any exception. The Rust library raises a bare Exception, or a BaseException when it panics.
+            except BaseException as broken:
+                reason = f"{type(broken).__name__}: {first_line(broken)}"[:300]
+                raise CheckpointError(
+                    f"{folder}: {name} and the files beside it cannot be read ({reason}); fetch them again"
+                ) from broken
+        check_vocabulary(folder, vocabulary, len(vocabulary) if vocab_size is None else vocab_size)
         return cls(backend, end_token_ids)
 
     def _required_id(self, name: str) -> int:
@@ -107,12 +118,24 @@ class Tokenizer:
         Markup such as ``<|turn>`` in the text is plain text. With ``markup``, it is read as a special token. Raises InputError if
         the text is not valid Unicode (it has lone surrogates, for example from a file name).
         """
-        _check_unicode(text)
-        return self._pieces(text if markup else self._cut(text))
+        return run(self.encode_steps(text, markup=markup))
 
-    def _pieces(self, text: str) -> list[int]:
-        """Ids of a text, whose pieces between the cuts are encoded separately."""
-        return [token for piece in text.split(_CUT) for token in self._backend.encode(piece, add_special_tokens=False)]
+    def encode_steps(self, text: str, *, markup: bool = False) -> Steps[list[int]]:
+        """:meth:`encode` in steps."""
+        _check_unicode(text)
+        return (yield from self._pieces(text if markup else self._cut(text)))
+
+    def _pieces(self, text: str) -> Steps[list[int]]:
+        """Ids of a text, whose pieces between the cuts are encoded separately, and equal pieces once."""
+        pieces = text.split(_CUT)
+        distinct = list(dict.fromkeys(pieces))
+        ids: dict[str, list[int]] = {}
+        for start in range(0, len(distinct), _PIECES):
+            some = distinct[start : start + _PIECES]
+            # The library lets other threads run meanwhile.
+            ids |= zip(some, self._backend(some, add_special_tokens=False)["input_ids"], strict=True)
+            yield
+        return [token for piece in pieces for token in ids[piece]]
 
     def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
         """Text for people, without padding, beginning, end and turn markers. Tool calls and channels stay as written.
@@ -166,8 +189,8 @@ class Tokenizer:
             template_options: variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InputError: the messages have the wrong form or contain images, video or audio; the template refuses them; or the
-                checkpoint has no chat template.
+            InputError: the messages have the wrong form or contain images, video or audio; the template refuses them, or does
+                more than :mod:`mlx_diffgemma.templates` allows; or the checkpoint has no chat template.
         """
         return self._render(messages, tools, template_options | {"add_generation_prompt": add_generation_prompt}, markup=True)
 
@@ -190,8 +213,31 @@ class Tokenizer:
             InputError: a string is not valid Unicode.
         """
         options = template_options | {"add_generation_prompt": add_generation_prompt}
+        return run(self.chat_steps(messages, tools=tools, markup=markup, **options))
+
+    def chat_steps(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        markup: bool = False,
+        **template_options: Any,
+    ) -> Steps[list[int]]:
+        """:meth:`chat` in steps."""
+        options = template_options | {"add_generation_prompt": add_generation_prompt}
         text = self._render(messages, tools, options, markup=markup)
-        return self.encode(text, markup=True) if markup else self._pieces(text)
+        yield
+        return (yield from self.encode_steps(text, markup=True) if markup else self._pieces(text))
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """The most bytes that one token stands for, in UTF-8. A text of N bytes has at least N / ``longest_token`` tokens.
+
+        None if there is no such bound: without tokens for single bytes, one unknown token may stand for any text.
+        """
+        pieces = self._backend.get_vocab()
+        return max(len(_piece_bytes(piece)) for piece in pieces) if "<0x00>" in pieces else None
 
     def _render(
         self,
@@ -202,7 +248,7 @@ class Tokenizer:
         markup: bool,
     ) -> str:
         """As :meth:`render`. Without ``markup``, each special token that a string spells is cut after its first character."""
-        from jinja2 import TemplateError
+        from mlx_diffgemma.templates.rendering import compiled
 
         check_messages(messages)
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
@@ -214,14 +260,16 @@ class Tokenizer:
         try:
             if not markup:
                 conversation, schemas = _mapped(conversation, self._cut), _mapped(schemas, self._cut)
-            text = self._backend.apply_chat_template(conversation, tools=schemas, tokenize=False, **options)
+            template = compiled(self._backend.get_chat_template(tools=schemas))
+            text = template.render(conversation, schemas, {**self._backend.special_tokens_map, **options})
+            _check_unicode(text.replace(_CUT, ""))
+            return text
         except InputError:
             raise
-        # A template that computes with values of the wrong form raises one of the last five.
-        except (TemplateError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as refused:
-            reason = str(refused).partition("\n")[0].replace(_CUT, "")
+        # A template is a program, and can raise any exception.
+        except Exception as refused:
+            reason = first_line(refused).replace(_CUT, "")[:300]
             raise InputError(f"the chat template refuses this conversation: {reason}") from refused
-        return str(text)
 
     @cached_property
     def reply_starts(self) -> tuple[tuple[int, ...], ...]:
@@ -230,12 +278,16 @@ class Tokenizer:
         They are taken from small conversations that the chat template renders. Each sequence goes from the opening of the last
         turn, or from the end of a tool's result, to the end of the prompt.
         """
+        from mlx_diffgemma.templates.meter import LimitError
+
         openings = {self.token_id(marker) for marker in (TURN, RESPONSE_END)}
         starts = []
         for messages, thinking in product((_USER, _TOOL), (False, True)):
             try:
                 ids = self.chat(messages, enable_thinking=thinking)
-            except InputError:  # the template does not support tools, or there is no template
+            except InputError as refused:  # the template does not support tools, or there is no template
+                if isinstance(refused.__cause__, LimitError):
+                    raise
                 continue
             places = [place for place, token in enumerate(ids) if token in openings]
             starts += [tuple(ids[places[-1] :])] if places else []
@@ -248,11 +300,16 @@ class Tokenizer:
         return self.decode(ids[last + 1 :]) if last is not None and ids[last] == channel else None
 
     @cached_property
-    def _special_tokens(self) -> tuple[str, ...]:
+    def _special_tokens(self) -> frozenset[str]:
         """The texts that encode reads as a special token. Each has two characters or more."""
         # With SentencePiece, only the tokens that the configuration names are marked as special.
         known = {marker for marker in MARKERS if self.token_id(marker) is not None}
-        return tuple(known | {str(token) for token in self._backend.added_tokens_decoder.values() if token.special})
+        return frozenset(known | {str(token) for token in self._backend.added_tokens_decoder.values() if token.special})
+
+    @cached_property
+    def _special_lengths(self) -> tuple[int, ...]:
+        """The lengths of the special tokens, in characters. Looking up a few lengths is faster than comparing all tokens."""
+        return tuple(sorted({len(token) for token in self._special_tokens}))
 
     def _cut(self, text: str) -> str:
         """``text`` with a cut after the first character of each special token in it, and of one that may begin at its end.
@@ -261,13 +318,12 @@ class Tokenizer:
         between. The libraries' own switch (``split_special_tokens``) has no effect on SentencePiece's user-defined symbols.
         """
         _check_unicode(text)
-        tokens, end = self._special_tokens, len(text.rstrip())
-        longest = max(map(len, tokens))
+        tokens, lengths, end = self._special_tokens, self._special_lengths, len(text.rstrip())
 
         def cut(first: re.Match[str]) -> str:
             start = first.start()
-            unfinished = end - start < longest and any(token.startswith(text[start:end]) for token in tokens)
-            return first[0] + _CUT if unfinished or text.startswith(tokens, start) else first[0]
+            unfinished = end - start < lengths[-1] and any(token.startswith(text[start:end]) for token in tokens)
+            return first[0] + _CUT if unfinished or any(text[start : start + n] in tokens for n in lengths) else first[0]
 
         return re.sub("|".join({re.escape(token[0]) for token in tokens}), cut, text)
 

@@ -13,7 +13,7 @@ from mlx_diffgemma.backends import Piece, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.demo.sudoku import Grid, check, fresh_puzzle, from_tokens, is_held_out, to_tokens
 from mlx_diffgemma.errors import CheckpointError
-from mlx_diffgemma.files import BOXED, fetch
+from mlx_diffgemma.hub import BOXED, local_folder
 from mlx_diffgemma.pipeline import load
 from mlx_diffgemma.sampler import FREE
 from support.comparing import BACKENDS
@@ -118,7 +118,9 @@ def test_the_puzzle_as_text(backend_name: str) -> None:
 
 @pytest.mark.parametrize("name", BOXED)
 def test_size(name: str) -> None:
-    nbytes = sum(file.stat().st_size for file in fetch(name).iterdir())
+    folder = local_folder(name)
+    assert folder is not None
+    nbytes = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{name}: {nbytes / 1e6:.2f} MB")
     assert nbytes < 4e6
 
@@ -127,7 +129,9 @@ def test_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The bare name always means the package's model. A path is always a path."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
-        fetch("./sudoku")
+        local_folder("./sudoku")
     (tmp_path / "sudoku").mkdir()
-    assert fetch("./sudoku").resolve() == (tmp_path / "sudoku").resolve()
-    assert (fetch("sudoku") / "model.safetensors").exists()
+    assert local_folder("./sudoku") == Path("sudoku")
+    boxed = local_folder("sudoku")
+    assert boxed is not None
+    assert (boxed / "model.safetensors").exists()

@@ -412,13 +412,13 @@ def test_whoever_stops_reading_stops_the_computation(counting: FakeBackend) -> N
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer from 1 to 16777216, got 0"),
         ({"temperature": 0}, "temperature must be a finite number above 0 (for the most likely token, use greedy), got 0"),
         ({"temperature": -1.0}, "above 0"),
         ({"temperature": math.inf}, "a finite number"),
         ({"temperature": math.nan}, "a finite number"),
         ({"temperature": True}, "a finite number"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be an integer from 1 to 4194304, got 0"),
         ({"top_k": 2.5}, "top_k must be an integer"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "at most 1, got 1.1"),

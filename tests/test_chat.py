@@ -45,7 +45,7 @@ def model(folder: Path) -> DiffusionGemma:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, model: DiffusionGemma, folder: Path) -> Callable[..., Result]:
     """Run the command with lines of standard input, on the loaded model."""
-    monkeypatch.setattr(chat_module, "load_backend", lambda *arguments, **options: model.backend)
+    monkeypatch.setattr(chat_module, "prepared", lambda *arguments, **options: model)
 
     def run(*typed: str, options: tuple[object, ...] = ()) -> Result:
         arguments = ["chat", str(folder), *map(str, options)]
@@ -188,7 +188,7 @@ def test_a_file_is_not_overwritten_unasked(run: Callable[..., Result], tmp_path:
     ("typed", "message"),
     [
         ("/nonsense on", "unknown command /nonsense; /help lists the commands, and //nonsense sends the text /nonsense"),
-        ("/\x1b[2J", "unknown command /␛[2J; /help lists the commands, and //␛[2J sends the text /␛[2J"),
+        ("/\x1b[2J", r"unknown command /\x1b[2J; /help lists the commands, and //\x1b[2J sends the text /\x1b[2J"),
         ("/clear all", "/clear takes no argument; leave it out"),
         ("/save", "/save needs a file name"),
         ("/save {tmp}/nowhere/chat", "{tmp}/nowhere/chat: No such file or directory"),

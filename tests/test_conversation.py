@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -438,7 +439,69 @@ def test_saving_that_fails_leaves_the_old_file(babbler: DiffusionGemma, tmp_path
     conversation.save(tmp_path / "chat.json")
     before = (tmp_path / "chat.json").read_bytes()
     conversation.messages = [{"role": "user", "content": object()}]
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="cannot be saved as JSON: Object of type object"):
         conversation.save(tmp_path / "chat.json")
     assert (tmp_path / "chat.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+# --- one reply at a time ---
+
+
+def test_two_threads_that_use_one_conversation(babbler: DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is told so, wherever the first one is, and the first reply is what it would have been."""
+    expected = last(Conversation(babbler).send("Hi", seed=1, max_new_tokens=16))
+    conversation, told = Conversation(babbler), []
+    read_prompt = conversation._read
+
+    def other() -> None:
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join(60)
+
+    def attempt() -> None:
+        try:
+            last(conversation.send("And me?", seed=2, max_new_tokens=8))
+        except InputError as error:
+            told.append(str(error))
+
+    def interrupted_read(writing: Writing) -> Any:
+        other()  # before anything of the first reply is computed
+        return read_prompt(writing)
+
+    monkeypatch.setattr(conversation, "_read", interrupted_read)
+    events = []
+    for event in conversation.send("Hi", seed=1, max_new_tokens=16):
+        other()
+        events.append(event)
+    assert isinstance(events[-1], Reply)
+    assert events[-1].tokens == expected.tokens
+    assert len(told) == 1 + len(events)
+    assert set(told) == {
+        "this conversation is writing a reply, here or in another thread; read that one to its end or close it first, or use "
+        "another conversation"
+    }
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    monkeypatch.undo()
+    attempt()
+    assert [message["content"] for message in conversation.messages][::2] == ["Hi", "And me?"]
+    assert len(told) == 1 + len(events), "the conversation stays usable"
+
+
+def test_a_conversation_that_is_used_again_while_it_replies(babbler: DiffusionGemma) -> None:
+    conversation = Conversation(babbler)
+    first = conversation.send("Hi", seed=1, max_new_tokens=16)
+    second = conversation.send("Why?", seed=1, max_new_tokens=16)  # nothing happens before the first event is requested
+    next(first)
+    with pytest.raises(InputError, match="is writing a reply"):
+        next(second)
+    assert [message["content"] for message in conversation.messages] == ["Hi"]
+    first.close()
+    assert conversation.messages == []
+    with pytest.raises(InputError, match="is writing a reply"):  # after the first block, which stays
+        last(conversation.send("Hello", seed=1, stopping=lambda: bool(last(conversation.send("Why?", seed=1)))))
+    last(conversation.send("Hi", seed=1, max_new_tokens=16))
+    for _ in conversation.send("Why?", seed=1, max_new_tokens=16):
+        break  # the rest is not read
+    last(conversation.send("How?", seed=1, max_new_tokens=16))
+    assert [message["content"] for message in conversation.messages if message["role"] == "user"] == ["Hello", "Hi", "How?"]

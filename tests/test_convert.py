@@ -14,11 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from mlx_diffgemma.checkpoint import Checkpoint, Quantization, Tensor, graph_name
+from mlx_diffgemma.checkpoint import Checkpoint, Quantization, graph_name
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
-from mlx_diffgemma.convert import RECIPES, Plan, make_recipe, parse_format, shards, side_files
+from mlx_diffgemma.convert import RECIPES, Plan, make_recipe, parse_format, side_files
 from mlx_diffgemma.convert.quantize import PIECE_BYTES, pack
+from mlx_diffgemma.convert.source import read_rows
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
+from mlx_diffgemma.weights import Tensor
 from support.converting import LARGE, SHAPE, contents, converted, copy_with, make_source, refused, run
 from support.real_layout import config as real_config
 from support.real_layout import stored_tensors, total_bytes
@@ -107,7 +109,7 @@ def test_any_portion_of_rows_packs_like_the_whole(
     for module, form in zip(MODULES, map(parse_format, formats), strict=True):
         tensor, whole = tensors[f"{module}.weight"], stored[f"{module}.weight"].astype(mx.bfloat16)
         assert tensor.dtype == dtype
-        pieces = list(shards.read_rows(tensor, 7 * whole.shape[-1] * {"BF16": 2, "F32": 4}[dtype] + 1))
+        pieces = list(read_rows(tensor, 7 * whole.shape[-1] * {"BF16": 2, "F32": 4}[dtype] + 1))
         assert len(pieces[-1]) < len(pieces[0]) == 7
         packed = zip(*(pack(piece, dtype, form) for piece in pieces), strict=True)
         parts = mx.quantize(whole, form.group_size, form.bits, mode=form.mode) if form else [whole]
@@ -373,10 +375,62 @@ def test_refused_sources(source: Path, tmp_path: Path) -> None:
     refused(run(without, tmp_path / "out"), CheckpointError, "incomplete; missing: layers.1.experts.down_proj.weight")
 
     integers = copy_with(source, tmp_path / "int8", lambda tensors: {key: t.to(torch.int8) for key, t in tensors.items()})
-    refused(run(integers, tmp_path / "out"), CheckpointError, "is I8); convert the BF16 checkpoint instead")
+    refused(run(integers, tmp_path / "out"), CheckpointError, "is I8, but convert reads only BF16, F16 and F32")
+
+    def narrower(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: t[:-1] if key == "model.decoder.norm.weight" else t for key, t in tensors.items()}
+
+    misshaped = copy_with(source, tmp_path / "misshaped", narrower)
+    refused(
+        run(misshaped, tmp_path / "out"), CheckpointError, "of the wrong shape: model.decoder.norm.weight is [127], not [128]"
+    )
+
+    def empty(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: t[:, :0] if key == "model.decoder.embed_tokens.weight" else t for key, t in tensors.items()}
+
+    for options in ([], ["--dry-run"]):
+        hollow = copy_with(source, tmp_path / f"hollow{len(options)}", empty)
+        refused(run(hollow, tmp_path / "out", *options), CheckpointError, "embed_tokens.weight has the shape [256, 0]")
 
     refused(run(tmp_path / "absent", tmp_path / "out"), CheckpointError, "no such folder")
-    assert {path.name for path in tmp_path.iterdir()} == {"4bit", "without", "int8"}
+    assert {path.name for path in tmp_path.iterdir()} == {"4bit", "without", "int8", "misshaped", "hollow0", "hollow1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("recipe", ["4bit", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("experts.gate_up_proj", -1), ("embed_tokens.weight", 0), ("layer_scalar", 0), ("input_layernorm.weight", 7)],
+)
+def test_a_number_that_no_weight_has(
+    dtype: torch.dtype, recipe: str, name: str, place: int, source: Path, tmp_path: Path
+) -> None:
+    for index, bad in enumerate((torch.nan, -torch.inf, *([] if dtype == torch.float16 else [1.1e9]))):
+
+        def change(tensors: dict[str, torch.Tensor], bad: float = bad) -> dict[str, torch.Tensor]:
+            changed = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+            chosen = next(key for key in sorted(changed, reverse=True) if key.endswith(name))
+            changed[chosen].view(-1)[place] = bad
+            return changed
+
+        folder = copy_with(source, tmp_path / f"source{index}", change)
+        result = run(folder, tmp_path / "out", "--recipe", recipe, "--restart")
+        refused(result, CheckpointError, f"{name} holds values that are NaN, infinite or beyond 1e+09; the weights are damaged")
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_numbers_that_weights_have(source: Path, tmp_path: Path) -> None:
+    for dtype, large in ((torch.bfloat16, 998244352), (torch.float32, 1e9), (torch.float16, 65504)):
+
+        def change(tensors: dict[str, torch.Tensor], dtype: Any = dtype, large: float = large) -> dict[str, torch.Tensor]:
+            return {
+                key: tensor.to(dtype).fill_(-large) if key.endswith("up_proj") else tensor.to(dtype)
+                for key, tensor in tensors.items()
+            }
+
+        for recipe in RECIPES:
+            folder = copy_with(source, tmp_path / f"source {dtype} {recipe}", change)
+            assert_packed_like_mlx(converted(folder, tmp_path / f"out {dtype} {recipe}", "--recipe", recipe), folder)
 
 
 def test_refused_targets(source: Path, tmp_path: Path) -> None:
@@ -389,11 +443,25 @@ def test_refused_targets(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(empty)
     for target in (full, file, tmp_path / "dangling", tmp_path / "link", source):
         refused(run(source, target), InputError, f"{target} already exists")
+    inside = source / "4bit"
+    refused(run(source, inside), InputError, f"the target {inside} and the source {source} overlap; choose a target outside")
+    (tmp_path / "taken.partial").touch()
+    refused(run(source, tmp_path / "taken"), InputError, "taken.partial is needed for the conversion, but is not a folder")
+    (tmp_path / "taken.partial").unlink()
+    refused(run(source, file / "out"), CheckpointError, "Not a directory")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "note").touch()
     refused(run(source, tmp_path / "out", "--restart"), InputError, "holds other files; move it away")
     assert {path.name for path in tmp_path.iterdir()} == {"full", "empty", "file", "dangling", "link", "out.partial"}
     assert os.listdir(tmp_path / "out.partial") == ["note"]
+
+
+def test_a_source_in_the_folder_of_the_unfinished_work(source: Path, tmp_path: Path) -> None:
+    """--restart would remove it."""
+    (tmp_path / "out.partial").mkdir()
+    copy = copy_with(source, tmp_path / "out.partial" / "model")
+    refused(run(copy, tmp_path / "out", "--restart"), InputError, "overlap; choose a target outside the source")
+    assert Checkpoint.open(copy)
 
 
 def test_an_empty_folder_is_a_target(source: Path, tmp_path: Path) -> None:

@@ -86,7 +86,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no text_config": (lambda f: edit_json(f / "config.json", text_config=None), "config.json: text_config is missing"),
     "no canvas_length": (lambda f: edit_json(f / "config.json", canvas_length=None), "config.json: canvas_length is missing"),
-    "wrong type": (lambda f: edit_json(f / "config.json", canvas_length="8"), "config.json: a value has the wrong type"),
+    "wrong type": (
+        lambda f: edit_json(f / "config.json", canvas_length="8"),
+        "config.json: canvas_length must be an integer from 1 to 4096, got '8'",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing; is this a model folder?"),
     "cut JSON": (lambda f: cut(f / "config.json", 40), "config.json: cannot be read"),
     "JSON list": (lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
@@ -130,7 +133,7 @@ def test_tensors_that_do_not_fit_are_all_named(folder: Path, backend_name: str) 
         del tensors["model.decoder.norm.weight"]
         del tensors["model.decoder.layers.1.self_attn.k_proj.weight"]
         tensors["model.decoder.layers.1.self_attn.v_proj.weight"] = np.zeros((32, 32), np.float32)
-        tensors["lm_head.weight"] = np.zeros((VOCAB_SIZE, 32), np.float32)
+        tensors["lm_head.bias"] = np.zeros(VOCAB_SIZE, np.float32)
         tensors["model.decoder.layers.0.mlp.up_proj.weight"] = np.zeros((32, 48), np.float32)
         tensors["model.decoder.layers.0.layer_scalar"] = np.zeros(2, np.float32)
 
@@ -139,7 +142,7 @@ def test_tensors_that_do_not_fit_are_all_named(folder: Path, backend_name: str) 
     assert line.endswith(
         "the weights do not fit config.json; tensors "
         "missing: layers.1.self_attn.k_proj.weight, norm.weight; "
-        "unexpected: lm_head.weight, model.decoder.layers.1.self_attn.v_proj.weight; "
+        "unexpected: lm_head.bias, model.decoder.layers.1.self_attn.v_proj.weight; "
         "of the wrong shape: model.decoder.layers.0.layer_scalar is [2], not [1], "
         "model.decoder.layers.0.mlp.up_proj.weight is [32, 48], not [48, 32]\n"
     )
@@ -231,20 +234,20 @@ def test_mlx_gpu_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
-        (["--max-new-tokens", "-3"], "max_new_tokens must be an integer of at least 1, got -3"),
-        (["--max-denoising-steps", "0"], "max_denoising_steps must be an integer of at least 1, got 0"),
-        (["--canvas-length", "0"], "canvas_length must be an integer of at least 1, got 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be an integer from 1 to 16777216, got 0"),
+        (["--max-new-tokens", "-3"], "max_new_tokens must be an integer from 1 to 16777216, got -3"),
+        (["--max-denoising-steps", "0"], "max_denoising_steps must be an integer from 1 to 1024, got 0"),
+        (["--canvas-length", "0"], "canvas_length must be an integer from 1 to 4096, got 0"),
         (["--canvas-length", "9"], "canvas_length 9 is larger than the model's 8; use 8 or less"),
-        (["--stability-threshold", "-1"], "stability_threshold must be an integer of at least 0, got -1"),
-        (["--confidence-threshold", "-0.1"], "confidence_threshold must be a finite number of at least 0, got -0.1"),
-        (["--confidence-threshold", "nan"], "confidence_threshold must be a finite number"),
-        (["--entropy-bound", "-1"], "entropy_bound must be a finite number of at least 0, got -1.0"),
-        (["--entropy-bound", "inf"], "entropy_bound must be a finite number"),
-        (["--t-min", "-0.5"], "t_min must be a finite number of at least 0, got -0.5"),
+        (["--stability-threshold", "-1"], "stability_threshold must be an integer from 0 to 1024, got -1"),
+        (["--confidence-threshold", "-0.1"], "confidence_threshold must be a number from 0 to 1e+06, got -0.1"),
+        (["--confidence-threshold", "nan"], "confidence_threshold must be a number from"),
+        (["--entropy-bound", "-1"], "entropy_bound must be a number from 0 to 1e+06, got -1.0"),
+        (["--entropy-bound", "inf"], "entropy_bound must be a number from"),
+        (["--t-min", "-0.5"], "t_min must be a number from 0 to 1000, got -0.5"),
         (["--t-min", "0.9"], "not below t_min, got t_max 0.8 and t_min 0.9"),
-        (["--t-max", "0", "--t-min", "0"], "t_max must be above 0"),
-        (["--t-max", "nan"], "t_max must be a finite number"),
+        (["--t-max", "0", "--t-min", "0"], "t_max must be at least 1e-06"),
+        (["--t-max", "nan"], "t_max must be a number from 0 to 1000"),
         (
             ["--max-new-tokens", str(CONTEXT)],
             f"exceed the model's context of {CONTEXT} tokens; use a shorter prompt or fewer new tokens",
@@ -341,7 +344,7 @@ def test_options_of_the_wrong_form(model: DiffusionGemma) -> None:
         ({"mode": "sideways"}, "unknown mode 'sideways'; known are diffusion and causal"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
-        ({"t_max": "0.5"}, "t_max must be a finite number"),
+        ({"t_max": "0.5"}, "t_max must be a number from 0 to 1000"),
     ):
         with pytest.raises(InputError, match=expected):
             model.generate("Hi", **options)

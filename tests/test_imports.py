@@ -13,11 +13,13 @@ HEAVY = ("mlx", "torch", "transformers", "tokenizers", "huggingface_hub")
 
 LOAD_AND_RUN = """
 import numpy as np
-from mlx_diffgemma import GenerationConfig, load
+from mlx_diffgemma import GenerationConfig
+from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.sampler import Text, block_diffusion
-model = load({folder!r}, backend={name!r})
 # The sampler, and not the pipeline: transformers, which the tokenizer needs, imports torch wherever that is installed.
-events = list(block_diffusion(model.backend, Text(np.array([3, 4], np.int32)), GenerationConfig(max_new_tokens=3)))
+backend = load_backend(Checkpoint.open({folder!r}), {name!r})
+events = list(block_diffusion(backend, Text(np.array([3, 4], np.int32)), GenerationConfig(max_new_tokens=3)))
 assert events[-1].tokens.shape == (4,)
 """
 

@@ -401,7 +401,7 @@ def test_markers(text: str, marker: str, expected: list[str | Hole]) -> None:
         ("a <hole:some>", "<hole>", "<hole:some> has no valid length; end a hole of 5 tokens in :5>"),
         ("a <hole:>", "<hole>", "<hole:> has no valid length"),
         ("a ____ b", "___", "the marker '___' overlaps itself at character 3"),
-        ("a <hole>", "<", "the marker '<' must have two characters or more"),
+        ("a <hole>", "<", "the marker '<' must have 2 to 64 characters"),
         ("a <hole>", " <hole>", "no white space around it"),
         ("a <hole:2>", "<hole:2>", "no colon"),
     ],

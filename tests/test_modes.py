@@ -179,7 +179,7 @@ def test_the_command_writes_what_the_api_writes(chat: Path) -> None:
         (["--mode", "causal", "--t-max", "1"], "t_max belongs to the diffusion mode; leave it out"),
         (["--mode", "causal", "--canvas-length", "4"], "canvas_length belongs to the diffusion mode"),
         (["--mode", "causal", "--temperature", "0"], "temperature must be a finite number above 0"),
-        (["--mode", "causal", "--top-k", "0"], "top_k must be an integer of at least 1, got 0"),
+        (["--mode", "causal", "--top-k", "0"], "top_k must be an integer from 1 to 4194304, got 0"),
         (["--mode", "causal", "--top-p", "7"], "top_p must be above 0 and at most 1, got 7.0"),
     ],
 )

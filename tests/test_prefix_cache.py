@@ -74,10 +74,10 @@ def test_forks_share_what_is_committed(backend: LoadBackend, backend_name: str) 
     fork = cache.fork()
     assert fork.buffers() == cache.buffers()
     assert sum(cache.buffers().values()) == cache.nbytes > 0
-    kept = PrefixCache()
+    kept = PrefixCache(buffer_bytes=7)
     for place in (1, 2):
         kept.keep([bytes([part]) for part in range(place)], cache)
-    assert (len(kept), kept.nbytes) == (2, cache.nbytes), "what places share counts once"
+    assert (len(kept), kept.nbytes) == (2, cache.nbytes + 2 * 7 * len(cache.buffers())), "what places share counts once"
 
 
 def test_what_is_found_is_what_encoding_afresh_gives(backend: LoadBackend, backend_name: str) -> None:
@@ -239,7 +239,7 @@ def test_of_a_reply_only_what_was_committed_otherwise_is_encoded(
 @pytest.mark.parametrize("max_bytes", [0, 129])
 def test_nothing_is_encoded_that_cannot_be_kept(max_bytes: int) -> None:
     """3 tokens of a prompt and 10 of a reply, 10 bytes each, that were not committed at the cuts of a later text."""
-    kept = PrefixCache(max_bytes)
+    kept = PrefixCache(max_bytes, buffer_bytes=0)
     context, _ = read_ids(kept, [1, END, START])
     assert write(kept, context, REPLY, 1, scored=True) == []
 
@@ -295,7 +295,7 @@ turns = st.lists(
 @settings(max_examples=200, deadline=None)
 def test_whatever_was_read_and_written_nothing_else_is_found(conversations: Any, max_bytes: int) -> None:
     """Conversations that share prefixes: reading gives the same pieces as without a cache, and kept bytes stay within bounds."""
-    kept = PrefixCache(max_bytes)
+    kept = PrefixCache(max_bytes, buffer_bytes=0)
     for conversation in conversations:
         ids = [1, 2, END]
         for turn in conversation:
@@ -358,7 +358,7 @@ def test_hashes_tell_texts_and_their_pieces_apart() -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    kept = PrefixCache(max_bytes=100)
+    kept = PrefixCache(max_bytes=100, buffer_bytes=0)
     for first in range(8):
         read_ids(kept, [first, 1, 2])
         assert kept.nbytes <= 100
@@ -385,7 +385,7 @@ def taken(kept: PrefixCache, text: Sequence[bytes]) -> tuple[int, tuple[int, ...
 
 def test_the_least_recently_used_goes_first() -> None:
     """Using a longer text also counts as using its prefixes."""
-    kept = PrefixCache(max_bytes=40)
+    kept = PrefixCache(max_bytes=40, buffer_bytes=0)
     for number, text in enumerate((chain(1), chain(1, 2), chain(3), chain(4))):
         kept.keep(text, single(number))
     assert taken(kept, chain(1, 2, 9)) == (2, (1,))
@@ -417,7 +417,7 @@ def test_what_is_taken_is_a_fork() -> None:
 
 
 def test_what_places_share_counts_once_and_until_the_last_of_them_goes() -> None:
-    kept, sizes = PrefixCache(max_bytes=100), {1: 40, 2: 10, 3: 10, 4: 45, 5: 20}
+    kept, sizes = PrefixCache(max_bytes=100, buffer_bytes=0), {1: 40, 2: 10, 3: 10, 4: 45, 5: 20}
     kept.keep(chain(1), Shared((1, 2), sizes))
     kept.keep(chain(1, 2), Shared((1, 3), sizes))
     assert kept.nbytes == 60
@@ -428,7 +428,7 @@ def test_what_places_share_counts_once_and_until_the_last_of_them_goes() -> None
 
 
 def test_another_cache_in_the_place_of_one() -> None:
-    kept = PrefixCache()
+    kept = PrefixCache(buffer_bytes=0)
     kept.keep(chain(1), single(1, 40))
     kept.keep(chain(1), single(2, 30))
     assert (kept.nbytes, len(kept)) == (30, 1)
@@ -439,7 +439,7 @@ def test_another_cache_in_the_place_of_one() -> None:
 
 
 def test_buffers_that_grow_are_followed() -> None:
-    kept, sizes = PrefixCache(max_bytes=200), {1: 40, 2: 10, 3: 10, 5: 1000, 6: 5}
+    kept, sizes = PrefixCache(max_bytes=200, buffer_bytes=0), {1: 40, 2: 10, 3: 10, 5: 1000, 6: 5}
     kept.keep(chain(1), Shared((1, 2), sizes))
     kept.keep(chain(1, 2), Shared((1, 3), sizes))
     sizes[1] = 70
@@ -453,7 +453,7 @@ def test_buffers_that_grow_are_followed() -> None:
 
 
 def test_what_grows_beyond_the_bound_is_dropped() -> None:
-    kept, sizes = PrefixCache(max_bytes=100), {1: 40, 2: 40}
+    kept, sizes = PrefixCache(max_bytes=100, buffer_bytes=0), {1: 40, 2: 40}
     kept.keep(chain(1), Shared((1,), sizes))
     kept.keep(chain(2), Shared((2,), sizes))
     sizes[1] = 90
@@ -508,7 +508,7 @@ deeds = st.lists(
 @settings(max_examples=300, deadline=None)
 def test_the_books_are_those_of_counting_everything_anew(deeds: Any, max_bytes: int) -> None:
     sizes = dict.fromkeys(range(6), 20)
-    kept, plain = PrefixCache(max_bytes), Plain(max_bytes, sizes)
+    kept, plain = PrefixCache(max_bytes, buffer_bytes=0), Plain(max_bytes, sizes)
     for deed, *what in deeds:
         match deed:
             case "keep":
@@ -531,7 +531,7 @@ def test_keeping_and_taking_touch_no_other_cache(count: int) -> None:
     """The bookkeeping cost does not grow with the number of caches: it reads no other cache's buffers, its own a few times."""
     asked: Counter[str] = Counter()
     sizes = dict.fromkeys(range(-1, count), 10)
-    kept, mine = PrefixCache(max_bytes=10 * count), Shared((-1,), sizes, asked, "mine")
+    kept, mine = PrefixCache(max_bytes=10 * count, buffer_bytes=0), Shared((-1,), sizes, asked, "mine")
     for number in range(count):
         kept.keep(chain(100 + number), Shared((number,), sizes, asked, "other"))
     asked.clear()
@@ -545,3 +545,25 @@ def test_keeping_and_taking_touch_no_other_cache(count: int) -> None:
     kept.recount(mine)
     kept.clear()
     assert asked == {"mine": 3}
+
+
+def test_another_salt_finds_nothing() -> None:
+    """Whoever sees how much of a prompt was cached learns nothing about prompts with another salt."""
+    backend, kept, tokens = FakeBackend(), PrefixCache(), ids_of([1, 2, 3, END, 4, 5])
+    for salt in ("", "a", "b"):
+        assert read(backend, tokens, RULE, kept, salt=salt).cached_tokens == 0, salt
+        context = read(backend, tokens, RULE, kept, salt=salt)
+        assert (context.cached_tokens, context.salt) == (6, salt)
+        backend.encode([Piece(ids_of([6, END]), context.cache)])
+        settle(backend, context, [6, END], RULE, kept, step=2)
+        assert read(backend, ids_of([1, 2, 3, END, 4, 5, 6, END, 7]), RULE, kept, salt=salt).cached_tokens > 6, salt
+    assert len(set(map(tuple, (hashes(tokens, [6], salt) for salt in ("", "a", "b"))))) == 3
+
+
+def test_a_text_whose_keys_may_be_wrong_is_forgotten() -> None:
+    backend, kept, good, bad = FakeBackend(), PrefixCache(), ids_of([1, 2, END, 3]), ids_of([4, 5, END, 6])
+    contexts = [read(backend, tokens, RULE, kept) for tokens in (good, bad)]
+    places, size = len(kept), kept.nbytes
+    kept.forget(contexts[1])
+    assert (len(kept), kept.nbytes) == (places // 2, size // 2)
+    assert [read(backend, tokens, RULE, kept).cached_tokens for tokens in (good, bad)] == [4, 0]

@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def known(monkeypatch: pytest.MonkeyPatch, text: NDArray[np.int32]) -> tuple[Mea
     asked: list[list[Question]] = []
     loaded: list[weakref.ref[FakeBackend]] = []
 
-    def load(checkpoint: Checkpoint, name: str | None, *, device: str | None, dtype: str | None) -> FakeBackend:
+    def load(checkpoint: Checkpoint, *, name: str | None, device: str | None, dtype: str | None, **_: Any) -> FakeBackend:
         gc.collect()
         assert all(model() is None for model in loaded), "two models are held at once"
         assert (name, device, dtype) == ("torch", "cpu", "float32")

@@ -175,6 +175,8 @@ def test_doubts_have_their_place_in_the_text(model: DiffusionGemma) -> None:
     for each in doubts:
         assert TEXT[each.start : each.end] == each.text
         assert (each.start, each.end) in spans
+        assert {type(each.start), type(each.end)} == {int}, "the first character's end was True"
+        assert {type(each.canvas_logprob), type(each.causal_logprob)} == {float}
         assert each.doubt == -(each.canvas_logprob + each.causal_logprob) > 0
     raw = proofread(model, TEXT, raw=True)
     assert raw != doubts

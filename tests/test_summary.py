@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma.backends import Piece, Row, load_backend
+from mlx_diffgemma.backends.memory import LOGITS_AT_ONCE
 from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, graph_name, part_of
 from mlx_diffgemma.convert import Plan, make_recipe
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.reports.summary import LOGITS_AT_ONCE, summarize
+from mlx_diffgemma.reports.summary import summarize
 from support.checkpoints import HUB, make_hub_layout
 from support.real_layout import stored_tensors, total_bytes
 

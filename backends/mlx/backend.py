@@ -9,59 +9,113 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Denoised, Piece, Row, check_rows, check_tokens
+from mlx_diffgemma.backends import Denoised, Piece, Place, Progress, Row, check_process, check_rows, check_tokens
+from mlx_diffgemma.backends.memory import main_memory
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
 from mlx_diffgemma.backends.mlx.quantized import quantize_modules
 from mlx_diffgemma.backends.mlx.step import Inputs, logprobs, score, step
 from mlx_diffgemma.backends.stream import Canvases, answers, spans
-from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers
 from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.weights import reading
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+_DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
+#: Unsigned and signed integers of a number type's size, and the sign bit.
+_BITS = {
+    mx.float32: (mx.uint32, mx.int32, 1 << 31),
+    mx.bfloat16: (mx.uint16, mx.int16, 1 << 15),
+    mx.float16: (mx.uint16, mx.int16, 1 << 15),
+}
 
 
-def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> "MlxBackend":
+def place(device: str | None = None, dtype: str | None = None) -> Place:
+    """The place that the arguments of :func:`mlx_diffgemma.backends.load_backend` name."""
+    where = _device(device)
+    dtypes = ("float32",) if where == mx.cpu else tuple(_DTYPES)
+    if dtype is not None and dtype not in dtypes:
+        raise BackendError(f"MLX multiplies expert weights on the CPU in float32 only, not in {dtype}; leave out the dtype")
+    dtype = dtype or ("float32" if where == mx.cpu else "bfloat16")
+    return Place("mlx", where.name, dtype, dtypes, main_memory() if where == mx.cpu else _gpu_memory())
+
+
+def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "MlxBackend":
     """Load ``checkpoint``; see :func:`mlx_diffgemma.backends.load_backend`.
 
     MLX reads a tensor when it is first needed. Tensors are evaluated one at a time, so only one is held in two types.
     """
-    place = _device(device)
-    dtype = dtype or ("float32" if place == mx.cpu else "bfloat16")
-    if place == mx.cpu and dtype != "float32":
-        raise BackendError(f"MLX multiplies expert weights on the CPU in float32 only, not in {dtype}; leave out the dtype")
-    with mx.stream(place):
+    device, dtype = _DEVICES[place.device], _DTYPES[place.dtype]
+    with mx.stream(device):
         model = TextModel(checkpoint.config)
-        quantize_modules(model, checkpoint.quantization, _DTYPES[dtype])
+        quantize_modules(model, checkpoint.quantization, dtype)
         checkpoint.check({name: array.shape for name, array in dict(tree_flatten(model.parameters())).items()})
-        model.load_weights(_tensors(checkpoint, _DTYPES[dtype]))
-    return MlxBackend(model, place, dtype)
+        checkpoint.fetch_weights()
+        model.load_weights(_tensors(checkpoint, dtype, progress))
+    return MlxBackend(model, device, place.dtype)
 
 
 def _device(device: str | None) -> Any:
     default = mx.default_device().type
     if device is None:
         return default
-    if device not in ("cpu", "gpu"):
+    if device not in _DEVICES:
         raise InputError(f"unknown mlx device {device!r}; try cpu or gpu")
     if device == "gpu" and default == mx.cpu:
         raise BackendError("device 'gpu' is not available: this build of MLX has only the CPU; use cpu")
-    return mx.gpu if device == "gpu" else mx.cpu
+    return _DEVICES[device]
 
 
-def _tensors(checkpoint: Checkpoint, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
-    tensors = []
+def _gpu_memory() -> int | None:
+    """All memory of a Mac, which its GPU shares, or what is free on another GPU."""
+    known = mx.device_info()
+    size = known.get("free_memory") or known.get("total_memory") or known.get("memory_size")
+    return int(size) if size else None
+
+
+def _tensors(checkpoint: Checkpoint, dtype: mx.Dtype, progress: Progress) -> list[tuple[str, mx.array]]:
+    tensors, done = [], 0
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         shard = mx.load(str(file))
         assert isinstance(shard, dict)
         for name, stored in checkpoint.tensors.items():
             if stored.file == file:
                 tensor = shard.pop(stored.name)
+                with reading(stored):
+                    mx.eval(tensor)
+                checkpoint.refuse_numbers(name, _unusable(tensor, checkpoint.numbers(name)))
                 packed = name.rpartition(".")[0] in checkpoint.quantization  # kept as stored, to the bit
                 tensor = tensor if packed else tensor.astype(dtype)
                 mx.eval(tensor)
                 tensors.append((name, tensor))
+                done += stored.nbytes
+                progress(done, checkpoint.nbytes)
     return tensors
+
+
+def _unusable(tensor: mx.array, numbers: Numbers) -> int:
+    """How many numbers of a stored tensor are NaN, infinite, or larger than ``LARGEST``. Reads a sound tensor once, or twice."""
+    if numbers == "words":
+        return 0
+    if numbers == "e8m0":  # the exponent of a power of two, plus 127; 255 is NaN
+        return _integer((tensor > E8M0_LARGEST).sum())
+    if numbers in ("e4m3", "e4m3 words"):  # NaN is 0x7F with either sign
+        codes = tensor.view(mx.uint8)
+        if _integer(codes.max()) < 0xFF and _integer(codes.view(mx.int8).max()) < 0x7F:
+            return 0
+        return _integer(((codes == 0x7F) | (codes == 0xFF)).sum())
+    # Numbers of one sign have the order of their bits, and those of NaN are the largest. On a CPU, MLX compares integers many
+    # times faster than floats.
+    unsigned, signed, sign = _BITS[tensor.dtype]
+    largest = _integer(mx.array(min(LARGEST, mx.finfo(tensor.dtype).max)).astype(tensor.dtype).view(signed))
+    if _integer(tensor.view(signed).max()) <= largest and _integer(tensor.view(unsigned).max()) <= largest + sign:
+        return 0
+    return _integer(mx.logical_not(mx.abs(tensor.astype(mx.float32)) <= LARGEST).sum())
+
+
+def _integer(array: mx.array) -> int:
+    value: Any = array.item()
+    return int(value)
 
 
 class MlxBackend:
@@ -84,6 +138,7 @@ class MlxBackend:
             mx.eval([segment.cache.arrays() for segment in segments])
 
     def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
+        check_process()
         with mx.stream(self._place):
             return np.array(self.model.head(mx.concatenate([cache.last for cache in caches if cache.last is not None])))
 
@@ -148,6 +203,7 @@ class MlxBackend:
 
     def _stream(self, parts: Sequence[Piece | Row]) -> tuple[mx.array, list[Segment]]:
         """Tokens int32 [T], and the segment of each part."""
+        check_process()
         tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
         for each in tokens:
             check_tokens(each, self.config)

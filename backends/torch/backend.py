@@ -9,56 +9,87 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from mlx_diffgemma.backends import Denoised, Piece, Row, check_rows, check_tokens
+from mlx_diffgemma.backends import Denoised, Piece, Place, Progress, Row, check_process, check_rows, check_tokens
+from mlx_diffgemma.backends.memory import main_memory
 from mlx_diffgemma.backends.stream import Canvases, answers, spans
 from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.backends.torch.quantized import quantize_modules
 from mlx_diffgemma.backends.torch.step import Inputs, logprobs, score, step
-from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers
 from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.weights import reading
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> "TorchBackend":
+def place(device: str | None = None, dtype: str | None = None) -> Place:
+    """The place that the arguments of :func:`mlx_diffgemma.backends.load_backend` name."""
+    where = _device(device)
+    dtype = dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    free = main_memory() if where.type == "cpu" else torch.cuda.mem_get_info(where)[0]
+    return Place("torch", str(where), dtype, tuple(_DTYPES), free)
+
+
+def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "TorchBackend":
     """Load ``checkpoint``; see :func:`mlx_diffgemma.backends.load_backend`.
 
     Tensors are memory-mapped. On a CPU, tensors that already have the wanted type stay mapped and are never copied.
     """
-    place = _device(device)
-    dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    device, dtype = torch.device(place.device), _DTYPES[place.dtype]
     with torch.device("meta"):
         model = TextModel(checkpoint.config)
-        quantize_modules(model, checkpoint.quantization, _DTYPES[dtype])
+        quantize_modules(model, checkpoint.quantization, dtype)
     checkpoint.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    model.load_state_dict(_tensors(checkpoint, place, _DTYPES[dtype]), assign=True)
-    return TorchBackend(model.eval().requires_grad_(False), place, dtype)
+    checkpoint.fetch_weights()
+    model.load_state_dict(_tensors(checkpoint, device, dtype, progress), assign=True)
+    return TorchBackend(model.eval().requires_grad_(False), device, place.dtype)
 
 
 def _device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        where = torch.device(device)
     except RuntimeError:
         raise InputError(f"unknown torch device {device!r}; try cpu or cuda") from None
-    if place.type not in ("cpu", "cuda"):
+    if where.type not in ("cpu", "cuda"):
         raise InputError(f"the torch backend runs on cpu or cuda, not on {device!r}")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"device {device!r} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
-    return place
+    return where
 
 
-def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    tensors = {}
+def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress) -> Mapping[str, Tensor]:
+    tensors, done = {}, 0
     for name, stored in checkpoint.tensors.items():
         # The pages of a file count as ours until it is closed. Opening it for each tensor holds only one tensor in two types.
         with safe_open(stored.file, framework="pt", device=str(device)) as shard:
-            tensor = shard.get_tensor(stored.name)
+            with reading(stored):
+                tensor = shard.get_tensor(stored.name)
+            checkpoint.refuse_numbers(name, _unusable(tensor, checkpoint.numbers(name)))
             packed = name.rpartition(".")[0] in checkpoint.quantization  # kept as stored, to the bit
             tensors[name] = tensor if packed else tensor.to(dtype)
+        done += stored.nbytes
+        progress(done, checkpoint.nbytes)
     return tensors
+
+
+def _unusable(tensor: Tensor, numbers: Numbers) -> int:
+    """How many numbers of a stored tensor are NaN, infinite, or larger than ``LARGEST``. Reads a sound tensor once, or twice."""
+    if numbers == "words":
+        return 0
+    if numbers == "e8m0":  # the exponent of a power of two, plus 127; 255 is NaN
+        return int((tensor > E8M0_LARGEST).sum())
+    if numbers in ("e4m3", "e4m3 words"):  # NaN is 0x7F with either sign
+        codes = tensor.view(torch.uint8)
+        if codes.max() < 0xFF and codes.view(torch.int8).max() < 0x7F:
+            return 0
+        return int(((codes == 0x7F) | (codes == 0xFF)).sum())
+    low, high = (bound.item() for bound in tensor.aminmax())  # NaN if a number is NaN
+    if low >= -LARGEST and high <= LARGEST:
+        return 0
+    return int((~(tensor.float().abs() <= LARGEST)).sum())
 
 
 class TorchBackend:
@@ -80,6 +111,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
+        check_process()
         return self._to_numpy(self.model.head(torch.cat([cache.last for cache in caches if cache.last is not None])))
 
     @torch.inference_mode()
@@ -139,6 +171,7 @@ class TorchBackend:
 
     def _stream(self, parts: Sequence[Piece | Row]) -> tuple[Tensor, list[Segment]]:
         """Tokens int64 [T], and the segment of each part."""
+        check_process()
         tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
         for each in tokens:
             check_tokens(each, self.config)

@@ -38,6 +38,7 @@ def load(checkpoint: Checkpoint, *, dtype: str | None = None) -> "ReferenceBacke
         from transformers import DiffusionGemmaForBlockDiffusion
     except ImportError:
         raise BackendError('the reference needs transformers 5.23 or newer; try: pip install "transformers>=5.23,<6"') from None
+    checkpoint.fetch_weights()
     dtype = dtype or "float32"
     loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
         checkpoint.folder,

@@ -1,12 +1,15 @@
 """Conversations: take messages and yield events, and keep the KV cache over the turns."""
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from mlx_diffgemma.arguments import checked
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent, reply
-from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.errors import ComputationError, InputError
 from mlx_diffgemma.files import replace_text
 from mlx_diffgemma.options import SamplerOptions, spelled_out
 from mlx_diffgemma.pipeline import DiffusionGemma
@@ -24,6 +27,8 @@ class Conversation:
     Each turn encodes only its new tokens, as long as the chat template renders the earlier turns unchanged. If the template
     leaves out a thought, everything after the last prompt is encoded again.
 
+    A conversation writes one reply at a time. While it does, another turn is an InputError, in any thread.
+
     Args:
         system: instructions before the first turn.
         tools: JSON schemas of functions that the model may call, in the form of the OpenAI API.
@@ -35,6 +40,7 @@ class Conversation:
             mapping. They may be changed between two turns.
     """
 
+    @checked
     def __init__(
         self,
         model: DiffusionGemma,
@@ -47,8 +53,10 @@ class Conversation:
         self.model, self.system, self.tools, self.thinking = model, system, tools, thinking
         self.kept = PrefixCache() if kept is None else kept
         self.messages: list[dict[str, Any]] = []
+        self._replying = threading.Lock()
 
     @spelled_out
+    @checked
     def send(
         self,
         message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -77,7 +85,9 @@ class Conversation:
             encoded for the next turn.
 
         Raises:
-            InputError: when the first event is requested. The conversation is then unchanged.
+            InputError: by this call itself for an argument of the wrong type, else when the first event is requested. The
+                conversation is then unchanged.
+            ComputationError: the model computed NaN or infinity.
         """
         writing = Writing(
             config=sampling_config(self.model.checkpoint.generation, mode, options),
@@ -90,28 +100,52 @@ class Conversation:
             if not message.strip():
                 raise InputError("the message is empty")
             message = {"role": "user", "content": message}
-        before = len(self.messages)
-        self.messages += [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
-        said: list[Part] = []
-        try:
-            context = self._read(writing)
+        with self._alone():
+            before = len(self.messages)
+            self.messages += [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
+            said: list[Part] = []
             try:
-                for event in reply(self.model, context, writing, stopping=stopping):
-                    if isinstance(event, Reply):
-                        said = [Reasoning(event.reasoning), Content(event.content), *event.tool_calls]
-                        finished = event
-                    elif isinstance(event, Reasoning | Content | ToolCall):
-                        said.append(event)
-                    yield event
-                step = writing.step(self.model.backend.config)
-                settle(self.model.backend, context, finished.tokens, self.model.piece_rule, self.kept, step=step)
+                with closing(self._reply(writing, stopping)) as events:
+                    for event in events:
+                        if isinstance(event, Reply):
+                            said = [Reasoning(event.reasoning), Content(event.content), *event.tool_calls]
+                        elif isinstance(event, Reasoning | Content | ToolCall):
+                            said.append(event)
+                        yield event
             finally:
-                self.kept.recount(context.cache)
+                if said:
+                    self.messages.append(self._answer(said))
+                else:
+                    del self.messages[before:]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raise InputError while another reply is written."""
+        if not self._replying.acquire(blocking=False):
+            raise InputError(
+                "this conversation is writing a reply, here or in another thread; read that one to its end or close it first, or "
+                "use another conversation"
+            )
+        try:
+            yield
         finally:
-            if said:
-                self.messages.append(self._answer(said))
-            else:
-                del self.messages[before:]
+            self._replying.release()
+
+    def _reply(self, writing: Writing, stopping: Callable[[], bool]) -> Generator[ReplyEvent]:
+        """Reply to the messages, and then encode the end of the reply for the next turn."""
+        context = self._read(writing)
+        try:
+            for event in reply(self.model, context, writing, stopping=stopping):
+                if isinstance(event, Reply):
+                    finished = event
+                yield event
+            step = writing.step(self.model.backend.config)
+            settle(self.model.backend, context, finished.tokens, self.model.piece_rule, self.kept, step=step)
+        except ComputationError:
+            self.kept.forget(context)
+            raise
+        finally:
+            self.kept.recount(context.cache)
 
     def prompt(self) -> str:
         """The messages so far, rendered by the chat template."""
@@ -142,10 +176,11 @@ class Conversation:
             ]
         return answer
 
+    @checked
     def save(self, file: Path) -> None:
         """Save the messages, ``system``, ``tools`` and ``thinking`` as JSON. Replaces an existing file.
 
-        If this raises OSError, an existing file is unchanged.
+        Raises OSError, or InputError if a message is no JSON. An existing file is then unchanged.
         """
         content = {
             "format": FORMAT,
@@ -154,9 +189,14 @@ class Conversation:
             "thinking": self.thinking,
             "messages": self.messages,
         }
-        replace_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        try:
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+        except (TypeError, ValueError, RecursionError) as wrong:
+            raise InputError(f"a message or tool cannot be saved as JSON: {wrong}") from None
+        replace_text(file, text + "\n")
 
     @classmethod
+    @checked
     def load(cls, model: DiffusionGemma, file: Path, *, kept: PrefixCache | None = None) -> Self:
         """Load a conversation that :meth:`save` wrote. Raises OSError, or InputError if the file is not a saved conversation."""
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from mlx_diffgemma.errors import DiffGemmaError
+from mlx_diffgemma.errors import DiffGemmaError, one_line
 
 #: Each command is in the module of the same name, which is imported only when the command is used.
 COMMANDS = ("generate", "infill", "revise", "chat", "serve", "demo", "info", "verify", "bench", "convert")
@@ -22,7 +22,7 @@ class _Failure(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"mlx-diffgemma: error: {self.message}", file=file, err=file is None)
+        click.echo(f"mlx-diffgemma: error: {one_line(self.message)}", file=file, err=file is None)
 
 
 class _Commands(click.Group):

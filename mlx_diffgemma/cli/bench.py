@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
-from mlx_diffgemma.backends import load_backend
+from mlx_diffgemma.backends import find_place, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.loading import check_options, loading_bar
 from mlx_diffgemma.cli.options import backend_options, sampler_options, source_options
 from mlx_diffgemma.cli.table import table
+from mlx_diffgemma.hub import local_folder
 from mlx_diffgemma.reports import speed
 
 
@@ -46,6 +48,7 @@ def bench(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    force: bool,
     as_json: bool,
     **sampler: Any,
 ) -> None:
@@ -58,10 +61,17 @@ def bench(
     The last table shows which mode of `generate` is faster here. That depends on how many tokens each denoising step settles:
     `generate` prints this number (tokens per step) for your own prompts.
     """
+    check_options(sampler)
+    runs = {"prompt_length": prompt_length, "repeats": repeats, "warmup": warmup, "seed": seed}
+    speed.check_runs(**runs)
+    local_folder(model)
+    find_place(backend, device=device, dtype=dtype)
     checkpoint = Checkpoint.open(model, revision)
     config = checkpoint.generation.replace(**sampler)
-    loaded = load_backend(checkpoint, backend, device=device, dtype=dtype)
-    result = speed.bench(loaded, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup, seed=seed)
+    speed.check_lengths(checkpoint.config, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup)
+    with loading_bar() as progress:
+        loaded = load_backend(checkpoint, backend, device=device, dtype=dtype, force=force, progress=progress)
+    result = speed.bench(loaded, config, **runs)
     click.echo(json.dumps(_as_json(model, result)) if as_json else _as_text(model, result))
 
 

@@ -12,19 +12,18 @@ import click
 from prompt_toolkit.utils import is_dumb_terminal
 from rich.console import Console
 
-from mlx_diffgemma.backends import load_backend
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.chat.conversation import Conversation
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent
-from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import mode_option, no_live_option
 from mlx_diffgemma.cli.live import Decode, LivePage, live_console, printable
+from mlx_diffgemma.cli.loading import check_options, prepared
 from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
 from mlx_diffgemma.cli.repl import FILE, Terminal, lines
 from mlx_diffgemma.cli.table import table
+from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import DiffGemmaError, InputError
-from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.sampler import Block, Draft, check_lengths
 from mlx_diffgemma.writing import MODES, Content, Part, Reasoning, ToolCall, sampling_config
 
 #: Receives every event of a reply as it happens.
@@ -63,6 +62,7 @@ def chat(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    force: bool,
     no_live: bool,
     **sampler: Any,
 ) -> None:
@@ -78,11 +78,14 @@ def chat(
     """
     if file is not None and system is not None:
         raise InputError("--system starts a new chat and --load continues an old one; leave out one of them")
-    checkpoint = Checkpoint.open(model, revision)
-    sampling_config(checkpoint.generation, mode, sampler)  # so that a bad value fails before the weights are read
-    loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
+    check_options(sampler, mode)
+    loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
+    config = sampling_config(loaded.checkpoint.generation, mode, sampler)
+    if isinstance(config, GenerationConfig):
+        check_lengths(loaded.config, config, 0)
     conversation = Conversation(loaded, system=system) if file is None else Conversation.load(loaded, file)
     conversation.thinking |= thinking
+    _ = loaded.backend  # what is wrong with the arguments is known now
     talk = partial(ChatSession, conversation, mode=mode, seed=seed, sampler=sampler)
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or is_dumb_terminal():
         talk().run(lines())

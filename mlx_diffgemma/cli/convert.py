@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_diffgemma.cli.options import Size, backend_options
 from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.files import replace_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +74,7 @@ def convert(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    force: bool,
 ) -> None:
     """Quantize the BF16 checkpoint SOURCE, a folder or a hub id, into the new folder TARGET.
 
@@ -84,21 +86,25 @@ def convert(
     a scale and a bias: 32, 64 (the default) or 128.
 
     TARGET appears only when it is complete. Until then the work is in TARGET.partial. After an interruption, the same command
-    continues from there.
+    continues from there: it checks the finished files and writes damaged ones again. NaN or infinity in SOURCE is an error, and
+    so is a SOURCE that changes meanwhile.
 
     --measure loads SOURCE and then TARGET, with --backend, --device and --dtype. It compares them in a causal pass and on
     canvases with five levels of noise (Kullback-Leibler divergence, share of equal argmax), and counts denoising steps per
     block. The table goes to standard output and into TARGET's README.md. A TARGET that already exists is measured and not
     changed.
     """
+    from mlx_diffgemma.backends import find_place
     from mlx_diffgemma.checkpoint import Checkpoint
-    from mlx_diffgemma.convert import Plan, check_repository, make_recipe, side_files, upload, write
+    from mlx_diffgemma.convert import Plan, check_repository, check_shapes, check_target, make_recipe, side_files, upload, write
 
-    if not measure and (measure_text or backend or device or dtype):
-        raise InputError("--measure-text, --backend, --device and --dtype are for measuring; add --measure")
+    if not measure and (measure_text or backend or device or dtype or force):
+        raise InputError("--measure-text, --backend, --device, --dtype and --force are for measuring; add --measure")
     formats = make_recipe(recipe, settings)
     if upload_repo:
         check_repository(upload_repo)
+    if measure:
+        find_place(backend, device=device, dtype=dtype)
     checkpoint = Checkpoint.open(source, revision)
     if dry_run:
         click.echo(_table(Plan.make(checkpoint, formats, shard_size)))
@@ -107,17 +113,23 @@ def convert(
     exists = (target / "config.json").exists()
     if text is None or not exists:
         plan = Plan.make(checkpoint, formats, shard_size)
+        check_target(target, plan)
+        check_shapes(checkpoint)
+        checkpoint.fetch_weights()  # after everything that could fail before a long download
         with _progress() as report:
             write(plan, target, side_files(checkpoint, plan), restart=restart, report=report)
         click.echo(f"{target}: {plan.nbytes:,} bytes; shards: {len(plan.shards)}", err=True)
     if text is not None:
+        from mlx_diffgemma.cli.loading import loading_bar
         from mlx_diffgemma.reports import quality
 
-        found = quality.measure(checkpoint, Checkpoint.open(target), text, backend=backend, device=device, dtype=dtype)
+        place: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "force": force}
+        with loading_bar() as progress:
+            found = quality.measure(checkpoint, Checkpoint.open(target), text, **place, progress=progress)
         click.echo(f"{found.conditions()}\n\n{table(found.rows(), left=2)}\n\n{found.steps()}")
         if not exists:
-            with (target / "README.md").open("a", encoding="utf-8") as card:
-                card.write(_card_section(found))
+            card = target / "README.md"
+            replace_text(card, card.read_text(encoding="utf-8") + _card_section(found))
     if upload_repo:
         upload(target, upload_repo)
         click.echo(f"uploaded to https://huggingface.co/{upload_repo}", err=True)
@@ -129,7 +141,7 @@ def _text(checkpoint: "Checkpoint", file: Path | None) -> "NDArray[np.int32]":
 
     from mlx_diffgemma.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_folder(checkpoint.folder, checkpoint.generation.eos_token_ids)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, checkpoint.generation.eos_token_ids, checkpoint.config.vocab_size)
     try:
         content = file.read_text(encoding="utf-8") if file else ""
     except UnicodeDecodeError as wrong:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from mlx_diffgemma.backends import NAMES, Backend, load_backend
+from mlx_diffgemma.backends import NAMES, Backend, find_place, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.live import SETTLED, STATUS_STYLE, TAKEN_BACK, Region, Settling, cut, live_console
 from mlx_diffgemma.config import GenerationConfig
@@ -66,6 +66,7 @@ def demo(context: click.Context, seed: int | None, clues: int | None, backend: s
     that it accepted may be taken back. The answer is checked against the rules of Sudoku. The exit status is 0 if it is right,
     and 1 if it is wrong.
     """
+    find_place(backend)
     checkpoint = Checkpoint.open(MODEL)
     size = board_size(checkpoint.config.canvas_length)
     seed = secrets.randbits(32) if seed is None else seed

@@ -10,12 +10,10 @@ from typing import Any
 
 import click
 
-from mlx_diffgemma.backends import load_backend
-from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.live import LiveView, live_console, printable
+from mlx_diffgemma.cli.loading import check_options, prepared
 from mlx_diffgemma.cli.options import backend_options, causal_options, prompt_options, sampler_options, source_options
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.writing import MODES, Content, Event, Generation, sampling_config
 
 #: Receives every event of a generation as it happens.
@@ -62,6 +60,7 @@ def generate(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    force: bool,
     as_json: bool,
     no_live: bool,
     quiet: bool,
@@ -76,12 +75,13 @@ def generate(
     The last line break of a file or of standard input is not part of the prompt.
     """
     text = read_prompt(prompt, file)
-    checkpoint = Checkpoint.open(model, revision)
-    config = sampling_config(checkpoint.generation, mode, sampler)  # so that a bad value fails before the weights are read
-    loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
+    check_options(sampler, mode)
+    loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
+    config = sampling_config(loaded.checkpoint.generation, mode, sampler)
     events = loaded.stream(text, mode=mode, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     view: View = print_json if as_json else TextView(summary=not quiet)
     console = None if as_json or no_live else live_console()
+    _ = loaded.backend  # its bar comes before the canvas
     with LiveView(console, loaded.tokenizer.decode, config.max_new_tokens) if console else nullcontext(view) as show:
         for event in events:
             show(event)

@@ -7,13 +7,11 @@ from typing import Any
 
 import click
 
-from mlx_diffgemma.backends import load_backend
-from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import print_text, read_text
+from mlx_diffgemma.cli.loading import check_options, prepared
 from mlx_diffgemma.cli.options import backend_options, denoising_options, prompt_options, source_options
 from mlx_diffgemma.editing import infilling
 from mlx_diffgemma.editing.infilling import MARKER, Infill, parse_template
-from mlx_diffgemma.pipeline import DiffusionGemma
 
 
 @click.command(short_help="Fill the holes of a text.")
@@ -45,6 +43,7 @@ def infill(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
     **sampler: Any,
@@ -59,9 +58,8 @@ def infill(
     """
     text, ending = read_text(template, file, "template")
     parts = parse_template(text, marker)  # so that a mistake fails before the weights are read
-    checkpoint = Checkpoint.open(model, revision)
-    checkpoint.generation.replace(**sampler)
-    loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
+    check_options(sampler)
+    loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
     result = infilling.infill(loaded, parts, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     if as_json:
         click.echo(json.dumps(_content(result), ensure_ascii=False))

@@ -24,8 +24,8 @@ from mlx_diffgemma.reports.summary import Summary, summarize
 def info(model: str, revision: str | None, context: int | None, as_json: bool) -> None:
     """Show the shape of MODEL, its parts and their formats, the memory it needs, and its sampling defaults.
 
-    Only the headers of the weight files are read. If MODEL is a hub id that is not in the local cache, the whole checkpoint is
-    downloaded first.
+    Only the headers of the weight files are read. If MODEL is a hub id that is not in the local cache, only small files and these
+    headers are downloaded.
     """
     summary = summarize(Checkpoint.open(model, revision), context)
     click.echo(json.dumps(_as_json(summary)) if as_json else _as_text(model, summary))

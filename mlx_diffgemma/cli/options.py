@@ -30,7 +30,7 @@ _PROMPT = (
     ),
 )
 
-#: ``backend``, ``device`` and ``dtype``: the arguments of :func:`mlx_diffgemma.backends.load_backend`.
+#: ``backend``, ``device``, ``dtype`` and ``force``: the arguments of :func:`mlx_diffgemma.backends.load_backend`.
 _BACKEND = (
     click.option(
         "--backend",
@@ -47,6 +47,7 @@ _BACKEND = (
         type=click.Choice(DTYPES),
         help="Number type for computing and for unquantized weights.  [default: bfloat16 on gpu and cuda, float32 on cpu]",
     ),
+    click.option("--force", is_flag=True, help="Load MODEL even if it needs more memory than is free."),
 )
 
 #: Fields of :class:`mlx_diffgemma.config.GenerationConfig`, which checks the values. None when an option is not given.
@@ -163,7 +164,7 @@ def prompt_options(function: Function) -> Function:
 
 
 def backend_options(function: Function) -> Function:
-    """``--backend``, ``--device`` and ``--dtype``."""
+    """``--backend``, ``--device``, ``--dtype`` and ``--force``."""
     return _apply(_BACKEND, function)
 
 

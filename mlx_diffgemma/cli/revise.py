@@ -9,12 +9,10 @@ from typing import Any
 
 import click
 
-from mlx_diffgemma.backends import load_backend
-from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli.generate import print_text, read_text
+from mlx_diffgemma.cli.loading import check_options, prepared
 from mlx_diffgemma.cli.options import backend_options, denoising_options, prompt_options, source_options
 from mlx_diffgemma.editing import revising
-from mlx_diffgemma.pipeline import DiffusionGemma
 
 
 @click.command(short_help="Rewrite a text, starting from the text itself.")
@@ -49,6 +47,7 @@ def revise(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    force: bool,
     diff: bool,
     as_json: bool,
     quiet: bool,
@@ -61,9 +60,8 @@ def revise(
     """
     given, ending = read_text(text, file, "text")
     revising.check_strength(strength)  # so that a bad value fails before the weights are read
-    checkpoint = Checkpoint.open(model, revision)
-    checkpoint.generation.replace(**sampler)
-    loaded = DiffusionGemma(checkpoint, load_backend(checkpoint, backend, device=device, dtype=dtype))
+    check_options(sampler)
+    loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
     result = revising.revise(loaded, given, strength, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))

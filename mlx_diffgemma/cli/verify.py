@@ -7,8 +7,10 @@ import click
 
 from mlx_diffgemma.backends import DTYPES
 from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.loading import loading_bar
 from mlx_diffgemma.cli.options import source_options
 from mlx_diffgemma.cli.table import table
+from mlx_diffgemma.hub import local_folder
 from mlx_diffgemma.reports import conformance
 
 
@@ -43,6 +45,7 @@ from mlx_diffgemma.reports import conformance
     metavar="X",
     help="Largest allowed absolute difference of float32 logits, after the softcap.",
 )
+@click.option("--force", is_flag=True, help="Load MODEL even if it needs more memory than is free.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.pass_context
 def verify(
@@ -56,6 +59,7 @@ def verify(
     canvas_length: int | None,
     seed: int,
     tolerance: float,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Compare the logits, hidden states, entropies and tokens that backends compute from MODEL.
@@ -68,16 +72,23 @@ def verify(
 
     The models are loaded one at a time. --against reference holds all of MODEL in memory, and MODEL must not be quantized.
     """
-    report = conformance.verify(
-        Checkpoint.open(model, revision),
-        [name.strip() for name in backends.split(",")],
-        against=against,
-        dtype=dtype,
-        prompt_length=prompt_length,
-        canvas_length=canvas_length,
-        seed=seed,
-        tolerance=tolerance,
-    )
+    names = [name.strip() for name in backends.split(",")]
+    local_folder(model)
+    conformance.check_choices(names, against=against, dtype=dtype, seed=seed, tolerance=tolerance)
+    checkpoint = Checkpoint.open(model, revision)
+    with loading_bar() as progress:
+        report = conformance.verify(
+            checkpoint,
+            names,
+            against=against,
+            dtype=dtype,
+            prompt_length=prompt_length,
+            canvas_length=canvas_length,
+            seed=seed,
+            tolerance=tolerance,
+            force=force,
+            progress=progress,
+        )
     problems = report.problems()
     if as_json:
         content = {**dataclasses.asdict(report), "within": not problems, "problems": problems}

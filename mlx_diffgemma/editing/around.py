@@ -13,20 +13,21 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prompts import Prompt
+from mlx_diffgemma.steps import Steps
 
 
 def around(
     model: DiffusionGemma, instruction: str, prompt: Prompt | None, *, system: str | None, raw: bool, markup: bool
-) -> tuple[list[int], tuple[int, ...]]:
-    """The ids before a text, and the ids after it."""
+) -> Steps[tuple[list[int], tuple[int, ...]]]:
+    """The ids before a text, and the ids after it, in steps."""
     ending = () if raw else (model.tokenizer.end_of_turn_id, model.checkpoint.generation.pad_token_id)
     if prompt is None and raw:
         if system is not None:
             raise InputError("a system message needs the chat template; leave out raw")
         return [model.tokenizer.bos_token_id], ending
     text = instruction if prompt is None else prompt
-    ids: list[int] = model.prompt_ids(text, system=system, raw=raw, markup=markup).tolist()
-    return ids, ending
+    ids = yield from model.prompt_steps(text, system=system, raw=raw, markup=markup)
+    return ids.tolist(), ending
 
 
 def editing_config(model: DiffusionGemma, options: Mapping[str, Any]) -> GenerationConfig:
@@ -36,7 +37,7 @@ def editing_config(model: DiffusionGemma, options: Mapping[str, Any]) -> Generat
     return model.checkpoint.generation.replace(**options)
 
 
-def checked(text: str) -> str:
+def not_empty(text: str) -> str:
     """Return the text. Raises InputError if it is empty."""
     if not text.strip():
         raise InputError("the text is empty")

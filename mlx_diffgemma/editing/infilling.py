@@ -27,8 +27,9 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, Cache, Piece, Row, check_tokens, rows_in_pass
-from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.arguments import checked
+from mlx_diffgemma.backends import Backend, Cache, Piece, Row, check_tokens, rows_in_pass, scored, scored_canvas
+from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.editing.around import around, editing_config
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.options import DenoisingOptions, spelled_out
@@ -36,6 +37,7 @@ from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import read
 from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
 from mlx_diffgemma.sampler import FREE, Block, Text, check_lengths, check_seed, diffuse
+from mlx_diffgemma.steps import Steps, run
 from mlx_diffgemma.writing import fresh_seed
 
 #: The lengths that are tried for a hole without a length.
@@ -47,11 +49,14 @@ ROWS = 8
 
 #: The default marker of a hole in a text; see :func:`parse_template`.
 MARKER = "<hole>"
+#: The most characters of a marker.
+MAX_MARKER = 64
 #: The user's turn of the chat that asks to fill the holes. ``GAP`` stands for each hole.
 INSTRUCTION = "Write the following text again, with every gap {gap} filled in and nothing else changed.\n\n{text}"
 GAP = "____"
 
 
+@checked
 @dataclass(frozen=True)
 class Hole:
     """A hole of ``least`` to ``most`` tokens that the model fills. Checked on construction (InputError)."""
@@ -61,7 +66,7 @@ class Hole:
 
     def __post_init__(self) -> None:
         for value in (self.least, self.most):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise InputError(f"a hole's length must be an integer of at least 1, got {value!r}")
         if self.least > self.most:
             raise InputError(f"a hole's range is in the wrong order: {self.least}-{self.most}; write {self.most}-{self.least}")
@@ -120,6 +125,7 @@ class Infill:
         return self.fillings[0].holes
 
 
+@checked
 def parse_template(text: str, marker: str = MARKER) -> list[str | Hole]:
     """Split a text at its markers.
 
@@ -129,16 +135,19 @@ def parse_template(text: str, marker: str = MARKER) -> list[str | Hole]:
     Raises:
         InputError: the marker is unusable, overlaps itself in the text, has no length after its colon, or is not in the text.
     """
-    if len(marker) < 2 or marker != marker.strip() or ":" in marker:
-        raise InputError(f"the marker {marker!r} must have two characters or more, no colon, and no white space around it")
-    head, last = re.escape(marker[:-1]), re.escape(marker[-1])
+    if not 2 <= len(marker) <= MAX_MARKER or marker != marker.strip() or ":" in marker:
+        raise InputError(
+            f"the marker {marker[:MAX_MARKER]!r} must have 2 to {MAX_MARKER} characters, no colon, and no white space around it"
+        )
+    head, first, last = re.escape(marker[:-1]), re.escape(marker[0]), re.escape(marker[-1])
     starts = [match.start() for match in re.finditer(f"(?={head}{last})", text)]
     for before, after in pairwise(starts):
         if after - before < len(marker):
             raise InputError(f"the marker {marker!r} overlaps itself at character {after}; choose another marker")
     parts: list[str | Hole] = []
     end = 0
-    for match in re.finditer(f"{head}(?::(?P<length>[^{last}\\n]*))?{last}", text):
+    # A length ends before the next marker begins. So no character is read twice, however many markers are never closed.
+    for match in re.finditer(f"{head}(?::(?P<length>[^{first}{last}\\n]*))?{last}", text):
         parts += [text[end : match.start()], _hole(match["length"], match[0])]
         end = match.end()
     if not parts:
@@ -183,6 +192,7 @@ class Frame:
 
 
 @spelled_out
+@checked
 def infill(
     model: DiffusionGemma,
     template: str | Sequence[str | Hole],
@@ -218,12 +228,68 @@ def infill(
     Raises:
         InputError: before anything is computed.
     """
-    parts = parse_template(template, marker) if isinstance(template, str) else list(template)
+    steps = prepare_infill(
+        model, template, marker=marker, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **options
+    )
+    return run(steps).fill(model, batch)
+
+
+@dataclass(frozen=True)
+class PreparedInfill:
+    """A template whose texts are tokenized; the arguments of :func:`fill`.
+
+    Attributes:
+        parts: the template's known texts and holes.
+        before: ids of the prompt before the template.
+        known: the ids of each known text, and the holes.
+    """
+
+    parts: tuple[str | Hole, ...]
+    before: list[int]
+    known: list[list[int] | Hole]
+    config: GenerationConfig
+    frame: Frame
+    seed: int
+
+    @property
+    def known_tokens(self) -> int:
+        """The tokens of the known texts."""
+        return sum(map(len, _known(self.known)))
+
+    def fill(self, model: DiffusionGemma, batch: str) -> Infill:
+        """Fill the holes."""
+        candidates = fill(model.backend, [self.before, *self.known], self.config, seed=self.seed, frame=self.frame, batch=batch)
+        fillings = []
+        for candidate in candidates:
+            holes = tuple(map(model.tokenizer.decode, candidate.holes))
+            texts = iter(holes)
+            text = "".join(next(texts) if isinstance(part, Hole) else part for part in self.parts)
+            fillings.append(Filling(text, holes, candidate))
+        return Infill(tuple(fillings), self.seed)
+
+
+def prepare_infill(
+    model: DiffusionGemma,
+    template: str | Sequence[str | Hole],
+    *,
+    marker: str = MARKER,
+    prompt: Prompt | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    markup: bool = False,
+    seed: int | None = None,
+    **options: Unpack[DenoisingOptions],
+) -> Steps[PreparedInfill]:
+    """Tokenize a template and its prompt, in steps. Arguments and errors as in :func:`infill`."""
+    parts = tuple(parse_template(template, marker) if isinstance(template, str) else template)
     config, seed = editing_config(model, options), fresh_seed() if seed is None else seed
-    before, ending = around(model, instruction(parts), prompt, system=system, raw=raw, markup=markup)
-    known = [part if isinstance(part, Hole) else model.tokenizer.encode(part, markup=markup) for part in parts]
+    before, ending = yield from around(model, instruction(parts), prompt, system=system, raw=raw, markup=markup)
+    known: list[list[int] | Hole] = []
+    for part in parts:
+        ids = part if isinstance(part, Hole) else (yield from model.tokenizer.encode_steps(part, markup=markup))
+        known.append(ids)
     longest = sum(part.most if isinstance(part, Hole) else len(part) for part in known)
-    fits = longest <= (config.canvas_length or model.backend.config.canvas_length)
+    fits = longest <= (config.canvas_length or model.config.canvas_length)
     first = next((index for index, part in enumerate(known) if isinstance(part, Hole)), 0)
     frame = Frame(
         ending=ending,
@@ -231,18 +297,37 @@ def infill(
         in_canvas=sum(map(len, _known(known[:first]))) if fits and not raw else 0,
         rule=model.piece_rule,
     )
-    candidates = fill(model.backend, [before, *known], config, seed=seed, frame=frame, batch=batch)
-    fillings = []
-    for candidate in candidates:
-        holes = tuple(map(model.tokenizer.decode, candidate.holes))
-        texts = iter(holes)
-        text = "".join(next(texts) if isinstance(part, Hole) else part for part in parts)
-        fillings.append(Filling(text, holes, candidate))
-    return Infill(tuple(fillings), seed)
+    check_template([before, *known], config, frame, model.config)  # before the weights are needed
+    return PreparedInfill(parts, before, known, config, frame, seed)
 
 
 def _known(parts: Sequence[Sequence[int] | Hole]) -> Iterator[Sequence[int]]:
     return (part for part in parts if not isinstance(part, Hole))
+
+
+def check_template(
+    template: Sequence[Sequence[int] | Hole], config: GenerationConfig, frame: Frame, model: ModelConfig
+) -> tuple[int, int]:
+    """The tokens of the canvases that :func:`fill` writes, and how many of them lie behind the longest text up to the last hole.
+
+    Raises InputError if the template does not fit into them, or they do not fit into the model's context.
+    """
+    holes, known = _split(template)
+    if not 0 <= frame.in_canvas < len(known[0]):
+        raise InputError(
+            f"in_canvas must be less than {len(known[0])}, the number of tokens before the first hole, got {frame.in_canvas}"
+        )
+    length = config.canvas_length or model.canvas_length
+    longest = frame.in_canvas + sum(hole.most for hole in holes) + sum(map(len, known[1:-1]))
+    total = ceil(longest / length) * length
+    room = total - longest
+    if len(known[-1]) > room and not frame.tail_in_prompt:
+        raise InputError(
+            f"there are {len(known[-1])} tokens after the last hole, but its canvas of {length} has room for {room}; "
+            f"shorten the text after the hole, or leave out prompt and raw"
+        )
+    check_lengths(model, config.replace(max_new_tokens=total), len(known[0]) - frame.in_canvas)
+    return total, room
 
 
 def fill(
@@ -270,24 +355,11 @@ def fill(
     """
     frame = frame or Frame()
     holes, known = _split(template)
-    if not 0 <= frame.in_canvas < len(known[0]):
-        raise InputError(
-            f"in_canvas must be less than {len(known[0])}, the number of tokens before the first hole, got {frame.in_canvas}"
-        )
+    total, room = check_template(template, config, frame, backend.config)
     first = len(known[0]) - frame.in_canvas
     prefix, lead, tail = known[0][:first], known[0][first:], known[-1]
-    length = config.canvas_length or backend.config.canvas_length
-    longest = len(lead) + sum(hole.most for hole in holes) + sum(map(len, known[1:-1]))
-    total = ceil(longest / length) * length
-    room = total - longest
-    if len(tail) > room and not frame.tail_in_prompt:
-        raise InputError(
-            f"there are {len(tail)} tokens after the last hole, but its canvas of {length} has room for {room}; "
-            f"shorten the text after the hole, or leave out prompt and raw"
-        )
     config, ends = config.replace(max_new_tokens=total, eos_token_ids=()), config.eos_token_ids
     check_tokens(np.array(list(chain(*known))), backend.config)
-    check_lengths(backend.config, config, len(prefix))
     check_seed(seed)
     rows_in_pass(backend, batch, ROWS)
     shared = read(backend, np.array(prefix, np.int32), frame.rule or PieceRule(backend.config.canvas_length)).cache
@@ -381,7 +453,7 @@ def _denoise(
             cache = texts[index].cache
             assert cache is not None
             blocks[index].append(event)
-            logprobs[index] += backend.score_canvas([Row(event.tokens, cache, 1.0)])  # this block is not in the cache yet
+            logprobs[index].append(scored_canvas(backend, Row(event.tokens, cache, 1.0)))  # this block is not in the cache yet
     return [
         (np.concatenate([block.tokens for block in written]), np.concatenate(scored), sum(block.steps for block in written))
         for written, scored in zip(blocks, logprobs, strict=True)
@@ -391,5 +463,5 @@ def _denoise(
 def _causal_logprob(backend: Backend, shared: Cache, text: Sequence[int], start: int) -> float:
     """The mean log-probability of a text's tokens from position ``start`` on, after the shared cache."""
     cache = shared.fork()
-    parts = [backend.score([Piece(piece, cache)])[0] for piece in chunks(np.array(text, np.int32))]
+    parts = [scored(backend, Piece(piece, cache)) for piece in chunks(np.array(text, np.int32))]
     return float(np.concatenate(parts)[start:].mean(dtype=np.float64))

@@ -11,13 +11,15 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, Piece, Row
+from mlx_diffgemma.arguments import checked
+from mlx_diffgemma.backends import Backend, Piece, Row, check_computed, scored, scored_canvas
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.editing.around import around, checked, editing_config
+from mlx_diffgemma.editing.around import around, editing_config, not_empty
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import read
 from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
 from mlx_diffgemma.sampler import check_lengths
+from mlx_diffgemma.steps import run
 
 #: The user's turn of the chat in which a text is proofread, if no prompt is given.
 INSTRUCTION = "Write the following text again without its mistakes, and nothing else.\n\n{text}"
@@ -48,6 +50,7 @@ class Doubt:
         return -(self.canvas_logprob + self.causal_logprob)
 
 
+@checked
 def proofread(
     model: DiffusionGemma,
     text: str,
@@ -73,8 +76,8 @@ def proofread(
         InputError: before anything is computed.
     """
     config = editing_config(model, {"canvas_length": canvas_length})
-    instruction = INSTRUCTION.format(text=checked(text))
-    before, ending = around(model, instruction, prompt, system=system, raw=raw, markup=markup)
+    instruction = INSTRUCTION.format(text=not_empty(text))
+    before, ending = run(around(model, instruction, prompt, system=system, raw=raw, markup=markup))
     ids = model.tokenizer.encode(text, markup=markup)
     spans = model.tokenizer.spans(ids, text)
     prefix, tokens = np.array(before, np.int32), np.array(ids, np.int32)
@@ -118,13 +121,15 @@ def second_look(
         filled = np.array([*tokens, *ending, *[ending[-1]] * length][: count * length], np.int32)
     cache = read(backend, prompt, rule or PieceRule(length)).cache
     alone = cache.fork()
-    causal = np.concatenate([backend.score([Piece(piece, alone)])[0] for piece in chunks(tokens)])
+    causal = np.concatenate([scored(backend, Piece(piece, alone)) for piece in chunks(tokens)])
     argmax, canvas_logprobs = [], []
     for block in range(count):
         canvas = filled[block * length : (block + 1) * length]
         row = Row(canvas, cache, 1.0)
-        argmax.append(backend.denoise([row])[0].argmax)
-        canvas_logprobs += backend.score_canvas([row])
+        [answer] = backend.denoise([row])
+        check_computed(answer.entropy, "a denoising step")
+        argmax.append(answer.argmax)
+        canvas_logprobs.append(scored_canvas(backend, row))
         if block + 1 < count:
             backend.encode([Piece(canvas, cache)])
     return np.concatenate(argmax)[: len(tokens)], np.concatenate(canvas_logprobs)[: len(tokens)], causal

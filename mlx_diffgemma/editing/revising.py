@@ -19,16 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
+from mlx_diffgemma.arguments import checked
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.editing.around import around, checked, editing_config
+from mlx_diffgemma.editing.around import around, editing_config, not_empty
 from mlx_diffgemma.editing.infilling import up_to_end
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.options import DenoisingOptions, spelled_out
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import read
 from mlx_diffgemma.prompts import PieceRule, Prompt
-from mlx_diffgemma.sampler import FREE, Block, Text, block_diffusion, check_text
+from mlx_diffgemma.sampler import FREE, Block, Text, block_diffusion, check_lengths, check_text
+from mlx_diffgemma.steps import run
 from mlx_diffgemma.writing import fresh_seed
 
 #: The user's turn of the chat in which a text is revised, if no prompt is given.
@@ -70,6 +72,7 @@ def check_spans(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int
 
 
 @spelled_out
+@checked
 def revise(
     model: DiffusionGemma,
     text: str,
@@ -98,8 +101,8 @@ def revise(
         InputError: before anything is computed.
     """
     config, seed = editing_config(model, options), fresh_seed() if seed is None else seed
-    instruction = INSTRUCTION.format(text=checked(text))
-    before, ending = around(model, instruction, prompt, system=system, raw=raw, markup=markup)
+    instruction = INSTRUCTION.format(text=not_empty(text))
+    before, ending = run(around(model, instruction, prompt, system=system, raw=raw, markup=markup))
     pieces = _pieces(text, check_spans(keep, len(text)))
     ids = [model.tokenizer.encode(piece, markup=markup) for piece, _ in pieces]
     draft = np.array([token for part in ids for token in part] + list(ending[:1]), np.int32)
@@ -108,10 +111,11 @@ def revise(
     for (_, kept), start, end in zip(pieces, starts, starts[1:], strict=False):
         keeping[start:end] = kept
     if ending:
-        length = config.canvas_length or model.backend.config.canvas_length
+        length = config.canvas_length or model.config.canvas_length
         fill = ceil(len(draft) / length) * length - len(draft)
         draft, keeping = np.pad(draft, (0, fill), constant_values=ending[-1]), np.pad(keeping, (0, fill))
     original = Original(np.array(before, np.int32), draft, keeping)
+    check_lengths(model.config, config.replace(max_new_tokens=len(draft)), len(before))  # before the weights are needed
     tokens, replaced, steps = rewrite(model.backend, original, config, strength=strength, seed=seed, rule=model.piece_rule)
     if (tokens == draft).all():
         return Revision(text, replaced, steps, seed)

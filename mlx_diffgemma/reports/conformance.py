@@ -11,8 +11,10 @@ canvases: 168 MB by default with the released model's vocabulary of 262,144.
 
 import gc
 import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import DTYPES, NAMES, Backend, Piece, Row, load_backend
+from mlx_diffgemma.backends import DTYPES, NAMES, Backend, Piece, Place, Progress, Row, find_place, load_backend
+from mlx_diffgemma.backends.memory import require_memory
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.errors import BackendError, ComputationError, InputError
 from mlx_diffgemma.sampler import Block, Draft, Text, block_diffusion, check_seed
 
 #: The name of the backend that is `transformers` on the CPU.
@@ -125,6 +128,26 @@ def state_names(count: int) -> list[str]:
     return ["embedding", *(f"layer {layer}" for layer in range(count - 2)), "final norm"]
 
 
+def check_choices(
+    backends: Sequence[str], *, against: str | None, dtype: str, seed: int = 0, tolerance: float = TOLERANCE
+) -> list[str]:
+    """The baseline and the other backends of :func:`verify`. Raises InputError or BackendError if one cannot run here."""
+    names = list(dict.fromkeys(backends if against is None else [against, *backends]))  # without duplicates
+    for name in names:
+        if name.partition(":")[0] not in (*NAMES, REFERENCE):
+            raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)} and {REFERENCE}")
+    if len(names) < 2:
+        raise InputError(f"there is nothing to compare {names[0]} with; name another backend, or {REFERENCE}")
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not tolerance >= 0:
+        raise InputError(f"tolerance must be at least 0, got {tolerance}")
+    check_seed(seed)
+    for name in names:
+        _place(name, dtype)
+    return names
+
+
 def verify(
     checkpoint: Checkpoint,
     backends: Sequence[str],
@@ -135,6 +158,8 @@ def verify(
     canvas_length: int | None = None,
     seed: int = 0,
     tolerance: float = TOLERANCE,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Report:
     """Compare backends on a checkpoint.
 
@@ -146,29 +171,24 @@ def verify(
         canvas_length: tokens. By default the model's canvas length, but at most 32.
         seed: the seed of the random tokens and of the sampler.
         tolerance: see :meth:`Report.problems`.
+        force, progress: see :func:`mlx_diffgemma.backends.load_backend`.
 
     Raises:
         InputError: before a model is loaded. CheckpointError, BackendError: as in :func:`mlx_diffgemma.backends.load_backend`.
     """
-    baseline, *others = dict.fromkeys(backends if against is None else [against, *backends])  # without duplicates
-    for name in (baseline, *others):
-        if name.partition(":")[0] not in (*NAMES, REFERENCE):
-            raise InputError(f"unknown backend {name!r}; known are {', '.join(NAMES)} and {REFERENCE}")
-    if not others:
-        raise InputError(f"there is nothing to compare {baseline} with; name another backend, or {REFERENCE}")
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    baseline, *others = check_choices(backends, against=against, dtype=dtype, seed=seed, tolerance=tolerance)
     inputs = _Inputs.make(checkpoint, prompt_length, canvas_length, seed)
-    if not tolerance >= 0:
-        raise InputError(f"tolerance must be at least 0, got {tolerance}")
+    load = partial(_load, checkpoint, dtype=dtype, force=force, progress=progress)
+    if checkpoint.quantization and REFERENCE in (baseline, *others):
+        raise BackendError(f"{checkpoint.name} is quantized, but the {REFERENCE} reads only unquantized weights")
 
-    backend = _load(checkpoint, baseline, dtype)
+    backend = load(baseline)
     passes, text = list(_passes(backend, inputs)), _write(backend, inputs)
     comparisons = []
     for name in others:
         del backend  # before the next one is loaded
         gc.collect()
-        backend = _load(checkpoint, name, dtype)
+        backend = load(name)
         comparisons.append(_compare(name, backend, inputs, passes, text))
     length = len(inputs.canvases[0])
     return Report(checkpoint.folder, baseline, dtype, len(inputs.prompt), length, seed, tolerance, tuple(comparisons))
@@ -200,7 +220,6 @@ class _Inputs(NamedTuple):
                 f"prompt_length must be at least 1 and, with {BLOCKS} canvases of {length}, within the model's context of "
                 f"{model.max_position_embeddings} tokens, got {prompt_length}"
             )
-        check_seed(seed)
         prompt, *canvases = (
             noise.canvas_tokens(seed, block, 0, size, model.vocab_size)
             for block, size in enumerate((prompt_length, length, length, length))
@@ -208,17 +227,25 @@ class _Inputs(NamedTuple):
         return cls(prompt, canvases, config, seed)
 
 
-def _load(checkpoint: Checkpoint, spec: str, dtype: str) -> Backend:
+def _place(spec: str, dtype: str) -> Place:
+    """Where a backend runs: its name and, after a colon, its device."""
     name, _, device = spec.partition(":")
     if name != REFERENCE:
-        return load_backend(checkpoint, name, device=device or None, dtype=dtype)
+        return find_place(name, device=device or None, dtype=dtype)
     if device not in ("", "cpu"):
         raise InputError(f"the {REFERENCE} backend runs on the cpu only, not on {device!r}; leave out the device")
-    try:
-        reference = importlib.import_module("mlx_diffgemma.backends.torch.reference")
-    except ImportError:
-        raise BackendError("the reference backend needs torch; try: pip install torch") from None
-    backend: Backend = reference.load(checkpoint, dtype=dtype)
+    if not importlib.util.find_spec("torch"):
+        raise BackendError("the reference backend needs torch; try: pip install torch")
+    return find_place("torch", device="cpu", dtype=dtype)
+
+
+def _load(checkpoint: Checkpoint, spec: str, *, dtype: str, force: bool, progress: Progress) -> Backend:
+    name, _, device = spec.partition(":")
+    if name != REFERENCE:
+        return load_backend(checkpoint, name, device=device or None, dtype=dtype, force=force, progress=progress)
+    if not force:
+        require_memory(checkpoint, _place(spec, dtype))
+    backend: Backend = importlib.import_module("mlx_diffgemma.backends.torch.reference").load(checkpoint, dtype=dtype)
     return backend
 
 
@@ -248,8 +275,15 @@ def _passes(backend: Backend, inputs: _Inputs) -> Iterator[_Answer]:
 
 
 def _write(backend: Backend, inputs: _Inputs) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The tokens of a short text [N], and the entropy [L] of its first denoising step."""
-    events = list(block_diffusion(backend, Text(inputs.prompt, inputs.seed), inputs.config))
+    """The tokens of a short text [N], and the entropy [L] of its first denoising step.
+
+    The tokens are -1 and the entropies are NaN if the backend computes NaN, which the passes show in their logits.
+    """
+    length = len(inputs.canvases[0])
+    try:
+        events = list(block_diffusion(backend, Text(inputs.prompt, inputs.seed), inputs.config))
+    except ComputationError:
+        return np.full(BLOCKS * length, -1, np.int32), np.full(length, np.nan, np.float32)
     first = next(event for event in events if isinstance(event, Draft))
     return np.concatenate([event.tokens for event in events if isinstance(event, Block)]), first.entropy
 

@@ -18,13 +18,14 @@ positions as fit into :data:`KEPT_BYTES`: 64 positions, and 0.74 GB in all eleve
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend, Piece, Row, check_tokens, load_backend
+from mlx_diffgemma.backends import Backend, Piece, Progress, Row, check_tokens, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
@@ -112,6 +113,8 @@ def measure(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Measurement:
     """Compare ``target`` with the ``source`` it was converted from.
 
@@ -119,7 +122,7 @@ def measure(
         text: int32 [N], beginning with the beginning-of-text token. One token and :data:`CANVASES` canvases of it are used. A
             shorter text is cut to one token and whole canvases, and the source writes the missing ones, in which end tokens end
             nothing.
-        backend, device, dtype: as in :func:`mlx_diffgemma.backends.load_backend`, for both models.
+        backend, device, dtype, force, progress: as in :func:`mlx_diffgemma.backends.load_backend`, for both models.
 
     Raises:
         InputError: before a model is loaded. CheckpointError, BackendError: as in load_backend.
@@ -130,12 +133,13 @@ def measure(
     # Without end tokens, the number of tokens written does not depend on the text.
     config = source.generation.replace(eos_token_ids=(), canvas_length=source.config.canvas_length)
 
-    model = load_backend(source, backend, device=device, dtype=dtype)
+    load = partial(load_backend, name=backend, device=device, dtype=dtype, force=force, progress=progress)
+    model = load(source)
     inputs = _Inputs.make(model, begin, config)
     expected, source_steps = list(_answers(model, inputs, config)), _count_steps(model, inputs, config)
     del model  # before the next one is loaded
     gc.collect()
-    model = load_backend(target, backend, device=device, dtype=dtype)
+    model = load(target)
     passes = tuple(_compare(*pair) for pair in zip(expected, _answers(model, inputs, config), strict=True))
     return Measurement(
         backend=model.name,

@@ -20,10 +20,10 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma import noise
+from mlx_diffgemma import noise, sampler
 from mlx_diffgemma.backends import Backend, Cache, Piece, Row
 from mlx_diffgemma.causal import causal
-from mlx_diffgemma.config import CausalConfig, GenerationConfig
+from mlx_diffgemma.config import CausalConfig, GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.prompts import chunks
 from mlx_diffgemma.sampler import Block, Text, block_diffusion, check_seed
@@ -156,6 +156,25 @@ class Benchmark:
         ]
 
 
+def check_runs(*, prompt_length: int, repeats: int, warmup: int, seed: int) -> None:
+    """Raise InputError if an argument of :func:`bench` is wrong for every model."""
+    for name, value, least in (("prompt_length", prompt_length, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+    check_seed(seed)
+
+
+def check_lengths(model: ModelConfig, config: GenerationConfig, *, prompt_length: int, repeats: int, warmup: int) -> None:
+    """Raise InputError if the text or the causal tokens of :func:`bench` do not fit into the model's context."""
+    sampler.check_lengths(model, config, prompt_length)
+    needed = prompt_length + 1 + warmup + repeats
+    if needed > model.max_position_embeddings:
+        raise InputError(
+            f"the prompt and the causal tokens need {needed} positions, but the model's context is "
+            f"{model.max_position_embeddings}; use a shorter prompt or fewer repeats"
+        )
+
+
 def bench(
     backend: Backend,
     config: GenerationConfig,
@@ -177,14 +196,11 @@ def bench(
     Raises InputError before anything is computed.
     """
     model = backend.config
-    for name, value, least in (("prompt_length", prompt_length, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}")
-    check_seed(seed)
+    check_runs(prompt_length=prompt_length, repeats=repeats, warmup=warmup, seed=seed)
+    check_lengths(model, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup)
     length = config.canvas_length or model.canvas_length
     prompt = noise.canvas_tokens(seed, 0, 0, prompt_length, model.vocab_size)
     canvas = noise.canvas_tokens(seed, 1, 0, length, model.vocab_size)
-    # These two calls check the lengths. They compute nothing until they are iterated.
     text = block_diffusion(backend, Text(prompt, seed), config.replace(eos_token_ids=()))
     alone = CausalConfig.from_generation(config).replace(max_new_tokens=1 + warmup + repeats, eos_token_ids=())
     tokens = causal(backend, Text(prompt, seed), alone)

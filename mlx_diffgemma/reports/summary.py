@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from math import prod
 
 from mlx_diffgemma.backends import DTYPES
-from mlx_diffgemma.backends.room import Room
-from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, Tensor, part_of, quantized_modules
+from mlx_diffgemma.backends.memory import Memory
+from mlx_diffgemma.backends.memory import memory as memory_of
+from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, part_of, quantized_modules
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.files import read_json
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+from mlx_diffgemma.weights import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,6 @@ class StoredPart:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.parameters
-
-
-#: How many float32 arrays of logits a denoising step holds at once, measured with MLX. PyTorch on a CPU holds one.
-LOGITS_AT_ONCE = 12
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The bytes that running a checkpoint takes, for one text.
-
-    Attributes:
-        weights: the text model. Packed weights count as stored, all others in the dtype. The vision tower is not read.
-        cache_per_token: keys and values of one committed position on the full-attention layers, which keep all positions.
-        cache_windows: keys and values of the sliding layers when they are full. They keep the last ``sliding_window - 1``
-            positions.
-        cache: all buffers of the requested context, including the room after it. Each further text takes as much again.
-        workspace: what a denoising step holds in addition: :data:`LOGITS_AT_ONCE` arrays of [canvas_length, vocab_size] in
-            float32. A pass of several canvases takes no more, because the canvases go through the output head one by one.
-    """
-
-    weights: int
-    cache_per_token: int
-    cache_windows: int
-    cache: int
-    workspace: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.workspace
 
 
 @dataclass(frozen=True)
@@ -117,7 +88,7 @@ def summarize(checkpoint: Checkpoint, context: int | None = None) -> Summary:
     counts = {part.name: part.parameters for part in parts if part.name != "vision"}
     # A token uses only the chosen experts, but the whole embedding, which is also the output head.
     idle = counts.get("experts", 0) * (config.num_experts - config.top_k_experts) // config.num_experts
-    memory = {dtype: _memory(checkpoint, dtype, context) for dtype in DTYPES}
+    memory = {dtype: memory_of(checkpoint, dtype, context) for dtype in DTYPES}
     return Summary(config, checkpoint.generation, parts, sum(counts.values()) - idle, context, memory)
 
 
@@ -136,25 +107,3 @@ def _part(name: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Q
     if not parameters:
         raise CheckpointError(f"the weights of {name} are missing; only {', '.join(sorted(tensors))} are there; fetch them again")
     return StoredPart(name, "; ".join(sorted(formats)), parameters, sum(tensor.nbytes for tensor in tensors.values()))
-
-
-def _memory(checkpoint: Checkpoint, dtype: str, context: int) -> Memory:
-    config, itemsize = checkpoint.config, _ITEMSIZE[dtype]
-    weights = sum(
-        tensor.nbytes if name.rpartition(".")[0] in checkpoint.quantization else prod(tensor.shape) * itemsize
-        for name, tensor in checkpoint.tensors.items()
-    )
-    position = {True: 0, False: 0}  # bytes of keys and values per position, on sliding layers and on full layers
-    cache = 0
-    for layer in config.layers:
-        each = 2 * layer.num_key_value_heads * layer.head_dim * itemsize
-        room = Room(config.sliding_window if layer.is_sliding else None, config.canvas_length)
-        position[layer.is_sliding] += each
-        cache += each * room.capacity(context, context + config.canvas_length)
-    return Memory(
-        weights=weights,
-        cache_per_token=position[False],
-        cache_windows=position[True] * (config.sliding_window - 1),
-        cache=cache,
-        workspace=LOGITS_AT_ONCE * config.canvas_length * config.vocab_size * 4,
-    )

@@ -3,8 +3,8 @@
 A request is plain library code: a loop over the events of :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`, for example. The
 engine runs each request in a greenlet. The request's backend suspends the greenlet at every call. When every request has stopped
 at its next call, the policy (policy.py) decides which calls to perform. All of this happens in one thread, because a framework's
-arrays and streams belong to the thread that made them. The engine's own methods may be called from any thread, except for
-:meth:`Engine.gather` and :meth:`Engine.later`.
+arrays and streams belong to the thread that made them. A second thread prepares requests (preparing.py). The engine's own methods
+may be called from any thread, except for :meth:`Engine.gather` and :meth:`Engine.later`.
 
 Greenlets switch to the engine's loop (the hub) and nowhere else. The hub resumes one greenlet after the other, until each waits
 for a call or has ended, and only then chooses the next turn. What is batched therefore depends on the order of arrival alone, not
@@ -27,9 +27,11 @@ from greenlet import getcurrent, greenlet
 from mlx_diffgemma.backends import rows_in_pass
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.scheduler.device import Call, Counters, Device, SharedBackend
-from mlx_diffgemma.scheduler.jobs import Busy, Cancelled, Finished, Job, Request, Stopping, Task, TimedOut
+from mlx_diffgemma.scheduler.jobs import Busy, Cancelled, Finished, Job, Prepared, Request, Stopping, Task, TimedOut
 from mlx_diffgemma.scheduler.limits import Limits
-from mlx_diffgemma.scheduler.policy import next_admitted, next_pass
+from mlx_diffgemma.scheduler.policy import displaced, next_admitted, next_pass
+from mlx_diffgemma.scheduler.preparing import Preparation
+from mlx_diffgemma.steps import Steps
 
 T = TypeVar("T")
 
@@ -63,7 +65,8 @@ class Engine:
         self._hub: greenlet | None = None
         # This lock guards the jobs, the errors that end them, and `stopping`.
         self._changed = threading.Condition()
-        self._waiting: list[Job] = []
+        self._preparation = Preparation(self, self._changed)
+        self._waiting: list[Job] = []  # prepared, and not begun
         self._running: list[Job] = []  # including idle jobs
         # Only the engine's thread uses what follows.
         # Tasks to resume, each with a result or an error:
@@ -76,7 +79,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many requests have not begun."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._preparation.jobs)
 
     @property
     def running(self) -> int:
@@ -84,12 +87,13 @@ class Engine:
         return sum(not job.idle for job in self._running)
 
     def start(self) -> None:
-        """Start the engine's thread. Raises RuntimeError if it was started or stopped before."""
+        """Start the engine's threads. Raises RuntimeError if it was started or stopped before."""
         with self._changed:
             if self._thread is not None or self.stopping:
                 raise RuntimeError("an engine starts once")
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
+            self._preparation.start()
 
     def stop(self, timeout: float | None = None) -> None:
         """Take no more requests, drop those in the queue, and return when those in progress have ended.
@@ -101,6 +105,7 @@ class Engine:
             self.stopping = True
             self._changed.notify_all()
         if self._thread is None:
+            self._preparation.drain()
             self._sweep()
             return
         self._thread.join(timeout)
@@ -110,29 +115,64 @@ class Engine:
 
     def submit(
         self,
-        work: Callable[[], Iterator[T]],
-        deliver: Callable[[T | Finished], None],
+        work: Callable[..., Iterator[T]],
+        deliver: Callable[[T | Prepared | Finished], None],
         *,
         client: str,
+        prepare: Steps[Any] | None = None,
         seconds: float | None = None,
     ) -> Job:
-        """Put a request into the queue. Arguments as in :class:`~mlx_diffgemma.scheduler.jobs.Request`. Raises Busy, Stopping."""
+        """Put a request into the queue. Arguments as in :class:`~mlx_diffgemma.scheduler.jobs.Request`.
+
+        If the queue is full, the request of a client with few requests takes the place of one of the client with the most, which
+        then ends with Busy.
+
+        Raises Busy, Stopping.
+        """
         with self._changed:
             if self.stopping:
                 raise Stopping
-            if len(self._waiting) + self.running >= self.limits.parallel + self.limits.queue:
+            waiting = [job for job in (*self._waiting, *self._preparation.jobs) if job.ended is None]
+            running = [job for job in self._running if not job.idle]
+            if len(waiting) + len(running) >= self.limits.parallel + self.limits.queue:
+                place = displaced(waiting, running, client)
                 self.counters.refused += 1
-                recent = list(self._durations)
-                raise Busy(max(1, ceil(sum(recent) / max(1, len(recent)))))
-            job = Job(self, Request(work, deliver, client, seconds))
-            self._waiting.append(job)
+                if place is None:
+                    raise self._busy()
+                self.end(waiting[place], self._busy())
+            job = Job(self, Request(work, deliver, client, prepare, seconds))
+            if prepare is None:
+                self._waiting.append(job)
+            else:
+                self._preparation.add(job)
             self._changed.notify_all()
         return job
 
+    def _busy(self) -> Busy:
+        recent = list(self._durations)
+        return Busy(max(1, ceil(sum(recent) / max(1, len(recent)))))
+
     def end(self, job: Job, error: BaseException) -> None:
-        """Make ``error`` end a job before its next call, unless another error already does. Any thread may call this."""
+        """Make ``error`` end a job before its next step or call, unless another error already does. Any thread may call this."""
         with self._changed:
             job.ended = job.ended or error
+            self._changed.notify_all()
+
+    def prepared(self, job: Job, value: Any, error: BaseException | None) -> None:
+        """Put a prepared job into the queue, or finish it if its preparation failed. The preparation's thread calls this."""
+        if error is None:
+            try:
+                job.request.deliver(Prepared(value))
+            except Exception as broken:  # noqa: BLE001 (the job ends, and other jobs are not affected)
+                _log.exception("an event could not be delivered, and its request is cancelled")
+                error = broken
+        with self._changed:
+            if error is None and not self.stopping:
+                job.prepared = (value,)
+                self._waiting.append(job)
+                self._changed.notify_all()
+                return
+        self._finish(job, Finished(job.ended or error or Stopping()))
 
     def gather(self, iterators: Sequence[Iterator[T]]) -> Iterator[tuple[int, T]]:
         """Run iterators side by side, so that their calls can share a pass. Only for use inside work.
@@ -226,7 +266,7 @@ class Engine:
         """Runs in the first task of a job."""
         try:
             self._current().check()
-            events = job.request.work()
+            events = job.request.work(*job.prepared)
             with _closed(events):
                 for event in events:
                     self._deliver(job, event)
@@ -295,7 +335,7 @@ class Engine:
         now = time.monotonic()
         with self._changed:
             for job in (*self._waiting, *self._running):
-                if job.request.seconds is not None and now - job.submitted >= job.request.seconds:
+                if job.is_late(now) and job.request.seconds is not None:
                     self.end(job, TimedOut(job.request.seconds))
                 if job.client not in self._served:
                     self._served[job.client] = next(self._turns)
@@ -366,11 +406,11 @@ class Engine:
                     self._durations.append(time.monotonic() - job.admitted)
             if all(other.client != job.client for other in (*self._running, *self._waiting)):
                 self._served.pop(job.client, None)
+            if not job.idle:
+                self._count(finished.error)
         job.outcome = Finished()  # an error's traceback refers to the job, and to the keys and values that it held
         if job.ended is not None:
             job.ended.__traceback__ = None
-        if not job.idle:
-            self._count(finished.error)
         try:
             job.request.deliver(finished)
         except Exception:  # noqa: BLE001 (the job has ended, and other jobs are not affected)
@@ -384,6 +424,8 @@ class Engine:
                 self.counters.timed_out += 1
             case Cancelled() | Stopping():
                 self.counters.cancelled += 1
+            case Busy():  # counted as refused when it lost its place
+                pass
             case _:
                 self.counters.failed += 1
 
@@ -391,6 +433,7 @@ class Engine:
         """End all jobs with ``error``, whatever their state."""
         with self._changed:
             self.stopping = True
+            self._changed.notify_all()
             jobs = [*self._waiting, *self._running]
             self._waiting = []
         for job in jobs:

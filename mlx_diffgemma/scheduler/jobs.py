@@ -9,6 +9,7 @@ from greenlet import greenlet
 
 from mlx_diffgemma.errors import DiffGemmaError
 from mlx_diffgemma.scheduler.device import Call
+from mlx_diffgemma.steps import Steps
 
 
 class Busy(DiffGemmaError):
@@ -54,22 +55,32 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """The first item that a job delivers if it was prepared: the result of the preparation, which its work receives too."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class Request:
     """A request to an engine.
 
     Attributes:
         work: returns an iterator of the request's events, which uses the engine's model.
-        deliver: receives the events one by one, and then exactly one :class:`Finished`. The engine calls it in its own thread,
+        deliver: receives the events one by one, and then exactly one :class:`Finished`. The engine calls it in its own threads,
             where it must not block. An error that it raises ends the job.
         client: the client whose turns the request takes.
-        seconds: time limit, including the time in the queue. TimedOut then ends the request before its next call. None for no
-            limit.
+        prepare: what to do without the model before the request can begin, in steps, such as reading its texts. It runs in a
+            thread of its own, beside the model. ``work`` is then called with the result.
+        seconds: time limit, including preparation and the time in the queue. TimedOut then ends the request before its next
+            step or call. None for no limit.
         idle: whether the request runs only when no other request waits for the device.
     """
 
-    work: Callable[[], Iterator[Any]]
+    work: Callable[..., Iterator[Any]]
     deliver: Callable[[Any], None]
     client: str
+    prepare: Steps[Any] | None = None
     seconds: float | None = None
     idle: bool = False
 
@@ -87,6 +98,7 @@ class Job:
         self.engine, self.request = engine, request
         self.submitted = self.admitted = time.monotonic()
         self.ended: BaseException | None = None  # why it must end; its tasks may not know yet
+        self.prepared: tuple[Any, ...] = ()  # the arguments of its work
         self.outcome = Finished()  # set when its first task is dead
         self.tasks: list[Task] = []  # live tasks; the first one runs the work
 
@@ -99,6 +111,10 @@ class Job:
     def idle(self) -> bool:
         """Whether it runs only when no other job waits for the device."""
         return self.request.idle
+
+    def is_late(self, now: float) -> bool:
+        """Whether the time limit has passed, at the time ``now`` of the monotonic clock."""
+        return self.request.seconds is not None and now - self.submitted >= self.request.seconds
 
     def cancel(self) -> None:
         """End the job before its next call of the backend. Any thread may call this, at any time."""

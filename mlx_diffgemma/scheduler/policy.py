@@ -33,6 +33,18 @@ def next_admitted(waiting: Sequence[Waiting], running: Iterable[Waiting], served
     return min(order)[-1]
 
 
+def displaced(waiting: Sequence[Waiting], running: Iterable[Waiting], client: str) -> int | None:
+    """The index of the waiting request that gives its place in a full queue to a new request of ``client``.
+
+    It is the last one of the client with the most requests, if that client would still have as many as the new one's. None if
+    there is no such request, and the new one must be refused.
+    """
+    counts = Counter(each.client for each in (*waiting, *running))
+    order = [(counts[each.client], index) for index, each in enumerate(waiting)]
+    most, index = max(order, default=(0, 0))
+    return index if most > counts[client] + 1 else None
+
+
 def next_pass(
     calls: Sequence[tuple[Waiting, Call]], served: Mapping[str, int], *, max_batch: int, max_tokens: int = CHUNK
 ) -> list[int]:

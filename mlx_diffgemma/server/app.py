@@ -19,6 +19,8 @@ from starlette.routing import Route
 
 from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server import metrics
+from mlx_diffgemma.server.clients import Keys, Proxies
+from mlx_diffgemma.server.connections import Connections
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.middleware import Guarded, Observed, error_response
 from mlx_diffgemma.server.routes import ModelRoutes
@@ -31,8 +33,12 @@ OPEN_PATHS = ("/health", *(path for path, _ in PAGE.values()))
 
 
 def create_app(engine: Engine, settings: Settings) -> Starlette:
-    """Create the application. The caller starts and stops ``engine``. Raises CheckpointError or OSError if a file is missing."""
-    app = _App(engine, settings)
+    """Create the application. The caller starts and stops ``engine``. Raises CheckpointError or OSError if a file is missing.
+
+    Its ``state`` has the :class:`Connections <mlx_diffgemma.server.connections.Connections>` that
+    :func:`~mlx_diffgemma.server.protocol.server_config` needs, and the metrics.
+    """
+    app, proxies = _App(engine, settings), Proxies(settings.trusted_proxies)
     answers = ModelRoutes(engine, settings, app.metrics)
     routes = [
         *(Route(path, app.page(name, kind), methods=["GET"]) for name, (path, kind) in PAGE.items()),
@@ -50,15 +56,18 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
         allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type"],
     )
-    return Starlette(
+    application = Starlette(
         routes=routes,
         middleware=[
             Middleware(Observed, app.metrics),
             *([cors] if settings.cors_origins else []),
-            Middleware(Guarded, settings.api_key, settings.hosts, OPEN_PATHS),
+            Middleware(Guarded, Keys(settings.api_keys), proxies, settings.hosts, OPEN_PATHS),
         ],
         exception_handlers={ApiError: _told, HTTPException: _no_route},
     )
+    application.state.metrics = app.metrics
+    application.state.connections = Connections(settings.connections, proxies, app.metrics)
+    return application
 
 
 async def _told(request: Request, error: Exception) -> Response:

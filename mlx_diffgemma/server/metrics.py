@@ -41,9 +41,25 @@ class Metrics:
         self.denoising_steps = self._counter("denoising_steps", "Denoising steps, summed over all canvases.")
         self.unsettled = self._counter("unsettled_tokens", "Tokens sent as settled and changed later; 0 if the rule is sound.")
         self.cancellations = self._counter("cancellations", "Requests whose client left before the response ended.")
+        self.refused = self._counter(
+            "connections_refused", "Connections refused or closed before a response, by reason.", "reason"
+        )
+        self.key_requests = self._counter("key_requests", "Requests answered, by the name of their API key.", "key")
+        self.key_tokens = self._counter(
+            "key_tokens", "Tokens of prompts and replies, by the name of their API key.", "key", "kind"
+        )
         self._gauge("requests_running", "Requests in progress.", lambda: engine.running)
         self._gauge("requests_waiting", "Requests in the queue.", lambda: engine.waiting)
         self.registry.register(_Passes(engine.counters))
+
+    def watch_connections(self, count: Callable[[], float], lingering: Callable[[], float]) -> None:
+        """Add gauges for the connections."""
+        self._gauge("connections_open", "Connections that are counted against the limits.", count)
+        self._gauge("connections_lingering", "Refused connections whose clients have not read the response yet.", lingering)
+
+    def watch_log(self, dropped: Callable[[], float]) -> None:
+        """Add a counter for lines of the log that were dropped."""
+        self.registry.register(_DroppedLines(dropped))
 
     def watch(self, kept: PrefixCache) -> None:
         """Add a gauge for the size of the prefix cache."""
@@ -85,3 +101,11 @@ class _Passes(Collector):
             ("device_seconds", "Seconds that the model has computed.", self.counters.device_seconds),
         ):
             yield CounterMetricFamily(f"mlx_diffgemma_{name}", what, value=value)
+
+
+class _DroppedLines(Collector):
+    def __init__(self, dropped: Callable[[], float]) -> None:
+        self.dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("mlx_diffgemma_log_lines_dropped", "Log lines that nobody read in time.", value=self.dropped())

@@ -1,7 +1,6 @@
 """The middleware that every request and response passes, and the reading of bodies."""
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
@@ -13,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_diffgemma.server.clients import Keys, Proxies, parse_address
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.metrics import Metrics
 
@@ -24,7 +24,7 @@ LEFT = 499
 BODY_SECONDS, REFUSED_BODY_SECONDS = 30.0, 5.0
 
 #: The page may use its own script and style and talk to its own server, nothing else. No other page may show it in a frame.
-_HEADERS = {
+SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -77,7 +77,8 @@ class Observed:
                         while unread and status != 408:  # 408: the server has already waited for the body
                             await received()
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
+                state["event_stream"] = headers.get("content-type", "").startswith("text/event-stream")
+                for name, value in SECURITY_HEADERS.items():
                     headers[name] = value
             await send(message)
 
@@ -96,48 +97,89 @@ class Observed:
         self.metrics.requests.labels(route, status).inc()
         self.metrics.duration.labels(route).observe(seconds)
         before, new = state.get("tokens", (0, 0))
-        log.info("%s %s %d in %.3f s, %d prompt tokens, %d new tokens", method, route, status, seconds, before, new)
+        key = state.get("key_name")
+        if key is not None:
+            self.metrics.key_requests.labels(key).inc()
+            self.metrics.key_tokens.labels(key, "prompt").inc(before)
+            self.metrics.key_tokens.labels(key, "new").inc(new)
+        log.info(
+            "%s %s %d in %.3f s, %d prompt tokens, %d new tokens%s",
+            *(method, route, status, seconds, before, new),
+            "" if key is None else f", key {key}",
+        )
 
 
 class Guarded:
-    """Refuses requests without the API key, if there is one, and requests whose Host header names another host.
+    """Refuses requests without an API key, if there are keys, and requests whose Host header names another host.
 
     A page of another site can make a browser send requests to this server. That site can also let its own host name point to this
-    machine; the Host header then has that name.
+    machine; the Host header then has that name. A Host header with an IP address is safe, because no name server was asked. So is
+    a request without the header, because browsers always send it.
+
+    The request's state then has ``client``, a name that stands for one client (its key if there are several keys, else its
+    address), and ``key_name``, None without a key. A proxy's connection counts as its client's during the request.
 
     Args:
         hosts: names that the Host header may have, without the port; empty for any.
         open_paths: paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, hosts: Collection[str], open_paths: Collection[str]) -> None:
-        self.app, self.hosts, self.open_paths = app, {host.lower() for host in hosts}, open_paths
-        self.api_key = None if api_key is None else api_key.encode()
+    def __init__(self, app: ASGIApp, keys: Keys, proxies: Proxies, hosts: Collection[str], open_paths: Collection[str]) -> None:
+        self.app, self.keys, self.proxies = app, keys, proxies
+        self.hosts, self.open_paths = {host.lower() for host in hosts}, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (error_response(refusal) if refusal else self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, state = Headers(scope=scope), scope.setdefault("state", {})
+        peer = scope["client"][0] if scope.get("client") else ""
+        address = self.proxies.client(peer, headers.getlist("x-forwarded-for"))
+        key = _key(headers)
+        state["key_name"] = self.keys.name_of(key) if key else None
+        state["client"] = state["key_name"] if state["key_name"] and len(self.keys) > 1 else address
+        connection = state.get("connection")  # None if another server runs the application
+        try:
+            refusal = self._refusal(scope["path"], headers, key, state["key_name"])
+            if refusal is None and connection is not None and not connection.claim(address):
+                refusal = too_many_connections()
+            await (error_response(refusal) if refusal else self.app)(scope, receive, send)
+        finally:
+            if connection is not None:
+                connection.release()
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
-        if self.hosts and _host(headers.get("host", "")) not in self.hosts:
-            return ApiError(
-                403, "the Host header does not name this server; use the address it listens on", code="host_not_allowed"
+    def _refusal(self, path: str, headers: Headers, key: str, key_name: str | None) -> ApiError | None:
+        if self.hosts and "host" in headers and not self._is_own(_host(headers["host"])):
+            message = (
+                "the Host header does not name this server; use the address it listens on, or start the server with "
+                "--allowed-host NAME"
             )
-        if self.api_key is None or scope["path"] in self.open_paths:
+            return ApiError(403, message, code="host_not_allowed")
+        if not self.keys or path in self.open_paths or key_name is not None:
             return None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.api_key):
-            return None
-        headers_of_refusal = {"WWW-Authenticate": "Bearer"}
         message = "the API key is wrong" if key else "this server needs an API key; send the header Authorization: Bearer KEY"
-        return ApiError(401, message, code="invalid_api_key", headers=headers_of_refusal)
+        return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _is_own(self, host: str) -> bool:
+        return host in self.hosts or parse_address(host) is not None
+
+
+def too_many_connections() -> ApiError:
+    """The error for a client that has its share of the connections."""
+    message = "this client has too many connections to this server; close some, or try again later"
+    return ApiError(429, message, kind="rate_limit_error", code="too_many_connections", headers={"Retry-After": "1"})
+
+
+def _key(headers: Headers) -> str:
+    """The API key of a request; empty if it has none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _host(header: str) -> str:
     """The name in a Host header, in lower case and without the port; an IPv6 address without its brackets."""
     header = header.strip().lower()
-    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0].removesuffix(".")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -1,14 +1,15 @@
 """Turns a checked request into work for the engine: prompts as token ids, lengths that fit, seeds."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent, reply
-from mlx_diffgemma.editing.infilling import Infill, infill, parse_template
+from mlx_diffgemma.editing.infilling import PreparedInfill, parse_template, prepare_infill
+from mlx_diffgemma.errors import ComputationError
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
 from mlx_diffgemma.scheduler.engine import Engine
@@ -16,6 +17,7 @@ from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.requests import ChatRequest, CompletionRequest, InfillRequest, Options
 from mlx_diffgemma.server.settings import Settings
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.steps import Steps
 from mlx_diffgemma.writing import Generation, Writing, sampling_config, write
 
 
@@ -27,12 +29,14 @@ class Question:
         prompts: token ids, each int32 [N].
         seeds: one per choice.
         writing: how to write each choice, except for its seed.
+        salt: see :func:`~mlx_diffgemma.prefix_cache.read`.
         markup: whether thoughts and tool calls are separated from the content.
     """
 
     prompts: tuple[NDArray[np.int32], ...]
     seeds: tuple[int, ...]
     writing: Writing
+    salt: str
     markup: bool
 
     def answered(self, engine: Engine, kept: PrefixCache, wanted: tuple[type, ...]) -> Iterator[tuple[int, ReplyEvent]]:
@@ -40,7 +44,7 @@ class Question:
         model, per_prompt = engine.model, len(self.seeds) // len(self.prompts)
         contexts: list[Context] = []
         for prompt in self.prompts:
-            context = read(model.backend, prompt, model.piece_rule, kept)
+            context = read(model.backend, prompt, model.piece_rule, kept, salt=self.salt)
             contexts += [context.fork() for _ in range(per_prompt)]
         replies = [self._reply(engine, *each) for each in zip(contexts, self.seeds, strict=True)]
         try:
@@ -50,6 +54,10 @@ class Question:
                     engine.later(self._settling(model, contexts[index], event.tokens, kept))
                 if isinstance(event, wanted):
                     yield index, event
+        except ComputationError:
+            for context in contexts:
+                kept.forget(context)
+            raise
         finally:
             for context in contexts:
                 kept.recount(context.cache)
@@ -66,53 +74,57 @@ class Question:
         return lambda: settle(model.backend, context, tokens, model.piece_rule, kept, step=step)
 
 
-def chat_question(model: DiffusionGemma, chat: ChatRequest, settings: Settings) -> Question:
-    """Render and tokenize a conversation. Raises InputError or ApiError."""
-    ids = model.tokenizer.chat(chat.messages, tools=list(chat.tools) or None, enable_thinking=chat.thinking)
-    return _question(model, [model.prompt_ids(ids)], chat.options, settings, markup=True)
+def chat_question(model: DiffusionGemma, chat: ChatRequest, settings: Settings, salt: str) -> Steps[Question]:
+    """Render and tokenize a conversation, in steps. Raises InputError or ApiError."""
+    _check_size(model, chat.texts(), settings)
+    ids = yield from model.tokenizer.chat_steps(chat.messages, tools=list(chat.tools) or None, enable_thinking=chat.thinking)
+    return _question(model, [model.prompt_ids(ids)], chat.options, settings, salt, markup=True)
 
 
-def completion_question(model: DiffusionGemma, completion: CompletionRequest, settings: Settings) -> Question:
-    """Tokenize raw texts, each behind the beginning-of-sequence token. Raises InputError or ApiError."""
+def completion_question(model: DiffusionGemma, completion: CompletionRequest, settings: Settings, salt: str) -> Steps[Question]:
+    """Tokenize raw texts in steps, each behind the beginning-of-sequence token. Raises InputError or ApiError."""
     begin = model.tokenizer.bos_token_id
     prompts = []
     for prompt in completion.prompts:
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            _check_size(model, [prompt], settings)
+            ids = yield from model.tokenizer.encode_steps(prompt)
+        else:
+            ids = list(prompt)
         prompts.append(model.prompt_ids(ids if ids[:1] == [begin] else [begin, *ids]))
-    return _question(model, prompts, completion.options, settings, markup=False)
+    return _question(model, prompts, completion.options, settings, salt, markup=False)
 
 
-def infill_work(model: DiffusionGemma, request: InfillRequest, batch: str) -> Callable[[], Iterator[Infill]]:
-    """Work for the engine: yields one :class:`~mlx_diffgemma.editing.infilling.Infill`. Its errors come when the work runs."""
-    options = request.options
-    seed = _fresh_seed() if options.seed is None else options.seed
-
-    def work() -> Iterator[Infill]:
-        yield infill(
+def infill_question(model: DiffusionGemma, request: InfillRequest, settings: Settings) -> Steps[PreparedInfill]:
+    """Tokenize a template and its prompt, in steps. Raises InputError or ApiError."""
+    options, template = request.options, request.template
+    parts = parse_template(template, request.marker) if isinstance(template, str) else template
+    _check_size(model, (part for part in parts if isinstance(part, str)), settings)
+    return (
+        yield from prepare_infill(
             model,
-            request.template,
-            marker=request.marker,
+            parts,
             prompt=request.prompt,
             raw=request.raw,
             system=request.system,
-            seed=seed,
-            batch=batch,
+            seed=_fresh_seed() if options.seed is None else options.seed,
             canvas_length=request.canvas_length,
             **options.sampling(model.checkpoint.generation),
         )
+    )
 
-    return work
 
-
-def known_tokens(model: DiffusionGemma, request: InfillRequest) -> int:
-    """Count the tokens of the text around the holes."""
-    template = request.template
-    parts = parse_template(template, request.marker) if isinstance(template, str) else template
-    return sum(len(model.tokenizer.encode(part)) for part in parts if isinstance(part, str))
+def _check_size(model: DiffusionGemma, texts: Iterable[str], settings: Settings) -> None:
+    """Refuse texts with more bytes than the allowed tokens can hold, before anything is done with them."""
+    context, longest = model.backend.config.max_position_embeddings, model.tokenizer.longest_token
+    most = min(context, settings.max_prompt_tokens or context)
+    size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    if longest is not None and size > most * longest:
+        raise _too_long(f"the prompt has {size} bytes, more than {most} tokens can hold")
 
 
 def _question(
-    model: DiffusionGemma, prompts: list[NDArray[np.int32]], options: Options, settings: Settings, *, markup: bool
+    model: DiffusionGemma, prompts: list[NDArray[np.int32]], options: Options, settings: Settings, salt: str, *, markup: bool
 ) -> Question:
     generation = model.checkpoint.generation
     canvas = 1 if options.mode == "causal" else generation.canvas_length or model.backend.config.canvas_length
@@ -126,7 +138,7 @@ def _question(
         logprobs=options.logprobs,
     )
     seeds = tuple((first + choice) % 2**64 for choice in range(options.n * len(prompts)))
-    return Question(tuple(prompts), seeds, writing, markup)
+    return Question(tuple(prompts), seeds, writing, salt, markup)
 
 
 def _max_new_tokens(prompt: int, canvas: int, context: int, options: Options, settings: Settings) -> int:

@@ -8,7 +8,7 @@ The first mistake raises an :class:`~mlx_diffgemma.server.errors.ApiError`: one 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,6 +45,7 @@ class Options:
         include_usage: end the stream with the usage figures.
         drafts: send the whole canvas after every denoising step.
         settled: send text as soon as the front of a canvas has settled, not a block at a time.
+        cache_salt: only requests with the same salt share the prefix cache.
         ignored: names of fields that had no effect.
     """
 
@@ -63,6 +64,7 @@ class Options:
     include_usage: bool = False
     drafts: bool = False
     settled: bool = True
+    cache_salt: str | None = None
     ignored: tuple[str, ...] = ()
 
     def sampling(self, generation: GenerationConfig) -> dict[str, Any]:
@@ -94,6 +96,10 @@ class ChatRequest:
     thinking: bool
     options: Options
 
+    def texts(self) -> Iterator[str]:
+        """The contents of the messages."""
+        return _contents(self.messages)
+
 
 @dataclass(frozen=True)
 class CompletionRequest:
@@ -116,6 +122,15 @@ class InfillRequest:
     between: bool
     canvas_length: int | None
     options: Options
+
+
+def _contents(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+        elif isinstance(content, list):
+            yield from (part["text"] for part in content)
 
 
 def _one_or_more(value: Any) -> Any:
@@ -174,6 +189,7 @@ class _Generating(_Body):
     mode: Literal["diffusion", "causal"] = "diffusion"
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
     max_tokens: Count | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: int | None = None
@@ -358,6 +374,7 @@ def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored:
         include_usage=bool(stream.include_usage),
         drafts=bool(stream.drafts) and bool(body.stream),
         settled=stream.settled is not False,
+        cache_salt=body.cache_salt,
         ignored=tuple(names)[:MAX_IGNORED],
     )
 

@@ -1,29 +1,29 @@
 """The routes that use the model: each reads a request, runs it on the engine, and sends the response."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent
-from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.editing.infilling import Infill, PreparedInfill
 from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Draft
 from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server import requests
 from mlx_diffgemma.server.answers import Answer, ChatAnswer, CompletionAnswer, encoded, infill_answer
-from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.metrics import Metrics
 from mlx_diffgemma.server.middleware import LEFT, read_body
-from mlx_diffgemma.server.preparing import Question, chat_question, completion_question, infill_work, known_tokens
+from mlx_diffgemma.server.preparing import Question, chat_question, completion_question, infill_question
 from mlx_diffgemma.server.settings import Settings
 from mlx_diffgemma.server.streaming import EventStream, Left, Running
+from mlx_diffgemma.steps import Steps
 from mlx_diffgemma.writing import Content, Reasoning, ToolCall
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 #: Events that become text or tool calls in a response.
@@ -39,7 +39,6 @@ class ModelRoutes:
         metrics.watch(self.kept)
         tokenizer = engine.model.tokenizer
         self.cell = lru_cache(1 << 16)(lambda token: tokenizer.decode([token]))
-        self.preparing = asyncio.Semaphore(1)  # one prompt at a time: tokenizers are not thread-safe
 
     async def chat(self, request: Request) -> Response:
         chat = requests.chat_request(await self._body(request))
@@ -52,48 +51,53 @@ class ModelRoutes:
     async def infill(self, request: Request) -> Response:
         asked = requests.infill_request(await self._body(request))
         self.settings.check_model(asked.options.model)
-        prompt_tokens = await self._prepared(known_tokens, asked)
+        model, batch = self.engine.model, self.engine.limits.batch
+
+        def work(prepared: PreparedInfill) -> Iterator[Infill]:
+            yield prepared.fill(model, batch)
+
         try:
-            async with self._running(request, infill_work(self.engine.model, asked, self.engine.limits.batch)) as running:
+            async with self._running(request, infill_question(model, asked, self.settings), work) as running:
+                prepared = await running.prepared()
                 [filled] = [event async for event in running if event is not None]
         except Left:
             return self._left()
-        return _json(infill_answer(asked.options, self.settings.name, filled, prompt_tokens=prompt_tokens, between=asked.between))
+        tokens = prepared.known_tokens
+        return _json(infill_answer(asked.options, self.settings.name, filled, prompt_tokens=tokens, between=asked.between))
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return requests.read_json(await read_body(request, self.settings.max_body))
 
-    async def _prepared(self, prepare: Callable[..., T], *arguments: Any) -> T:
-        """Call ``prepare`` with the model and the arguments, in a thread: a long text must not block the event loop."""
-        async with self.preparing:
-            try:
-                return await asyncio.to_thread(prepare, self.engine.model, *arguments)
-            except InputError as wrong:
-                raise ApiError(400, str(wrong)) from None
-
-    def _running(self, request: Request, work: Callable[[], Iterator[T]]) -> Running[T]:
-        # Each client address gets its share of turns, so it is the connection's own: a header could name any address.
-        client = request.client.host if request.client else ""
-        return Running(self.engine, work, request.receive, client=client, seconds=self.settings.timeout)
+    def _running(self, request: Request, prepare: Steps[P], work: Callable[[P], Iterator[T]]) -> Running[P, T]:
+        client = getattr(request.state, "client", request.client.host if request.client else "")
+        return Running(self.engine, prepare, work, request.receive, client=client, seconds=self.settings.timeout)
 
     async def _answered(
         self,
         request: Request,
-        prepare: Callable[..., Question],
+        prepare: Callable[..., Steps[Question]],
         asked: requests.ChatRequest | requests.CompletionRequest,
         kind: type[Answer],
     ) -> Response:
         options = asked.options
         self.settings.check_model(options.model)
-        question = await self._prepared(prepare, asked, self.settings)
-        answer = kind(options, self.settings.name, self.cell, len(question.seeds), options.n)
         wanted = (*(_PARTS if options.stream else ()), *((Draft,) if options.drafts else ()), Reply)
-        running = self._running(request, partial(question.answered, self.engine, self.kept, wanted))
-        heard = self._listener(request, answer)
+
+        def work(question: Question) -> Iterator[tuple[int, ReplyEvent]]:
+            return question.answered(self.engine, self.kept, wanted)
+
+        def begin(question: Question) -> Answer:
+            return kind(options, self.settings.name, self.cell, len(question.seeds), options.n)
+
+        # Neither cached_tokens nor the time of a response tells what was asked under another key, or with another salt.
+        salt = f"{getattr(request.state, 'key_name', None) or ''}\0{options.cache_salt or ''}"
+        running = self._running(request, prepare(self.engine.model, asked, self.settings, salt), work)
+        heard = self._listener(request)
         if options.stream:
-            return EventStream(running, answer, heard, self._left)
+            return EventStream(running, begin, heard, self._left)
         try:
             async with running:
+                answer = begin(await running.prepared())
                 async for item in running:
                     if item is not None:
                         heard(item[1])
@@ -102,7 +106,7 @@ class ModelRoutes:
             return self._left()
         return _json(answer.whole())
 
-    def _listener(self, request: Request, answer: Answer) -> Callable[[ReplyEvent], None]:
+    def _listener(self, request: Request) -> Callable[[ReplyEvent], None]:
         """Returns the function that counts a request's events."""
         started, route, state = request.state.started, request.url.path, request.state
         silent = True

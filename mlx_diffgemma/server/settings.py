@@ -1,9 +1,35 @@
 """The server's settings, which the operator chooses."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mlx_diffgemma.prefix_cache import MAX_BYTES
+from mlx_diffgemma.server.clients import Network
 from mlx_diffgemma.server.errors import ApiError
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What a client may take of the server's connections.
+
+    Attributes:
+        most: connections at the same time.
+        per_client: connections of one client at the same time. Trusted proxies may have more.
+        head_seconds: seconds in which a client must send the head of a request, from the moment it connects or, for a later
+            request of the connection, from the first byte.
+        idle_seconds: seconds that a connection may stay silent between two requests.
+        send_seconds: seconds in which a client must take what the server has sent.
+        linger_seconds: seconds that a refused client has to read its response.
+        probe_seconds: seconds between two signs of life to a client that has shut down its own side of the connection.
+    """
+
+    most: int = 328
+    per_client: int = 200
+    head_seconds: float = 10.0
+    idle_seconds: float = 5.0
+    send_seconds: float = 60.0
+    linger_seconds: float = 1.0
+    probe_seconds: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -12,18 +38,21 @@ class Settings:
 
     Attributes:
         name: the model's name, as clients know it.
-        api_key: key that clients must send; None if they need none.
+        api_keys: keys that clients must send, by their names; empty if clients need none. With several keys, a client counts by
+            the name of its key, else by its address.
         max_tokens: tokens to write at most when a request does not say.
         max_prompt_tokens: tokens of one prompt at most; None for as many as fit the model's context.
         max_body: bytes of a request body at most.
         timeout: seconds that a request may take, including the time in the queue; None for no limit.
         cache_memory: bytes of keys and values that are kept from earlier requests, at most.
         cors_origins: other sites whose pages may use this server.
-        hosts: names that the Host header may have, without the port; empty for any.
+        hosts: names that the Host header may have, without the port; empty for any. It may always be an IP address.
+        trusted_proxies: addresses whose X-Forwarded-For header says who the client is.
+        connections: what a client may take of the server's connections.
     """
 
     name: str
-    api_key: str | None = None
+    api_keys: Mapping[str, str] = field(default_factory=dict)
     max_tokens: int = 2048
     max_prompt_tokens: int | None = None
     max_body: int = 1 << 20
@@ -31,6 +60,8 @@ class Settings:
     cache_memory: int = MAX_BYTES
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[Network, ...] = ()
+    connections: ConnectionLimits = ConnectionLimits()
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model. A request that names no model is for this one."""

@@ -12,14 +12,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mlx_diffgemma.chat.reply import ReplyEvent
-from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.errors import ComputationError, InputError
 from mlx_diffgemma.sampler import Draft
 from mlx_diffgemma.scheduler.engine import Engine
-from mlx_diffgemma.scheduler.jobs import Busy, Finished, Stopping, TimedOut
+from mlx_diffgemma.scheduler.jobs import Busy, Finished, Prepared, Stopping, TimedOut
 from mlx_diffgemma.server.answers import Answer, server_sent
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.middleware import LEFT, unexpected
+from mlx_diffgemma.steps import Steps
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 #: A client that takes nothing of a stream for this many seconds counts as gone.
@@ -32,13 +34,14 @@ class Left(Exception):
     """The client has left."""
 
 
-class Running(Generic[T]):
-    """Work that was submitted to the engine. Read its results with ``async for`` inside ``async with``.
+class Running(Generic[P, T]):
+    """Work that was submitted to the engine. Inside ``async with``, await :meth:`prepared`, then read events with ``async for``.
 
-    An iteration gives None when nothing has happened for :data:`KEEP_ALIVE_SECONDS`. It raises :class:`Left` when the client has
+    An iteration gives None when nothing has happened for :data:`KEEP_ALIVE_SECONDS`. Both raise :class:`Left` when the client has
     closed its connection, and ApiError when the work fails. The work ends when the ``async with`` ends.
 
     Args:
+        prepare, work: see :class:`~mlx_diffgemma.scheduler.jobs.Request`.
         client: the client's name for the engine, which shares its turns among clients.
         seconds: seconds that the work may take, from now on; None for no limit.
 
@@ -47,16 +50,23 @@ class Running(Generic[T]):
     """
 
     def __init__(
-        self, engine: Engine, work: Callable[[], Iterator[T]], receive: Receive, *, client: str, seconds: float | None
+        self,
+        engine: Engine,
+        prepare: Steps[P],
+        work: Callable[[P], Iterator[T]],
+        receive: Receive,
+        *,
+        client: str,
+        seconds: float | None,
     ) -> None:
-        self._mailbox: Mailbox[T | Finished | Left] = Mailbox()
+        self._mailbox: Mailbox[T | Prepared | Finished | Left] = Mailbox()
         self._receive = receive
         try:
-            self._job = engine.submit(work, self._deliver, client=client, seconds=seconds)
+            self._job = engine.submit(work, self._deliver, client=client, prepare=prepare, seconds=seconds)
         except (Busy, Stopping) as refused:
             raise api_error(refused) from None
 
-    def _deliver(self, item: T | Finished) -> None:
+    def _deliver(self, item: T | Prepared | Finished) -> None:
         self._mailbox.deliver(item, draft=isinstance(item, tuple) and isinstance(item[1], Draft))
 
     async def __aenter__(self) -> Self:
@@ -74,21 +84,33 @@ class Running(Generic[T]):
             pass
         self._mailbox.deliver(Left())
 
+    async def prepared(self) -> P:
+        """Wait until the request is prepared."""
+        item = await self._take()
+        assert isinstance(item, Prepared)
+        value: P = item.value
+        return value
+
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T | None:
         try:
-            item = await self._mailbox.take(KEEP_ALIVE_SECONDS)
+            item = await self._take(KEEP_ALIVE_SECONDS)
         except TimeoutError:
             return None
+        if isinstance(item, Finished):
+            raise StopAsyncIteration
+        assert not isinstance(item, Prepared)
+        return item
+
+    async def _take(self, seconds: float | None = None) -> T | Prepared | Finished:
+        item = await self._mailbox.take(seconds)
         if isinstance(item, Left):
             raise item
-        if not isinstance(item, Finished):
-            return item
-        if item.error is None:
-            raise StopAsyncIteration
-        raise api_error(item.error)
+        if isinstance(item, Finished) and item.error is not None:
+            raise api_error(item.error)
+        return item
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -104,6 +126,7 @@ def api_error(error: BaseException) -> ApiError:
             headers={"Retry-After": str(error.retry_after)},
         ),
         Stopping: lambda error: ApiError(503, str(error), kind="server_error", code="stopping"),
+        ComputationError: lambda error: ApiError(500, str(error), kind="server_error", code="computation_failed"),
         TimedOut: lambda error: ApiError(504, str(error), kind="server_error", code="time_limit_exceeded"),
     }
     return next((answer(error) for kind, answer in answers.items() if isinstance(error, kind)), None) or unexpected(error)
@@ -159,16 +182,19 @@ class EventStream(Response):
 
     def __init__(
         self,
-        running: Running[tuple[int, ReplyEvent]],
-        answer: Answer,
+        running: Running[P, tuple[int, ReplyEvent]],
+        begin: Callable[[P], Answer],
         heard: Callable[[ReplyEvent], None],
         left: Callable[[], Any],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["Content-Length"]  # the length is not known in advance
-        self.running, self.answer, self.heard, self.left = running, answer, heard, left
+        self.running, self.begin, self.heard, self.left = running, begin, heard, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response. An error before its beginning is raised; a later one is the stream's last event."""
+        begun = False
+
         async def put(body: bytes, more: bool = True) -> None:
             async with asyncio.timeout(SEND_SECONDS):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
@@ -178,21 +204,26 @@ class EventStream(Response):
 
         try:
             async with self.running:
+                answer = self.begin(await self.running.prepared())
+                begun = True
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await put(told(self.answer.opening()))
+                await put(told(answer.opening()))
                 async for item in self.running:
                     if item is None:
                         await put(b": keep-alive\n\n")
                         continue
                     self.heard(item[1])
-                    if chunks := self.answer.chunks(*item):
+                    if chunks := answer.chunks(*item):
                         await put(told(chunks))
-            await put(told(self.answer.closing()) + b"data: [DONE]\n\n")
-        except ApiError as error:
-            scope["state"]["status"] = error.status
-            await put(server_sent(error.body()))
+            await put(told(answer.closing()) + b"data: [DONE]\n\n")
         except (Left, TimeoutError):
             scope["state"]["status"] = LEFT
             self.left()
             return
+        except Exception as failure:
+            if not begun:
+                raise
+            error = failure if isinstance(failure, ApiError) else unexpected(failure)
+            scope["state"]["status"] = error.status
+            await put(server_sent(error.body()))
         await put(b"", more=False)

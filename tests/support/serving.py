@@ -20,7 +20,8 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.scheduler.limits import Limits
 from mlx_diffgemma.server.app import create_app
-from mlx_diffgemma.server.settings import Settings
+from mlx_diffgemma.server.protocol import server_config
+from mlx_diffgemma.server.settings import ConnectionLimits, Settings
 from support.fake import Asked, FakeBackend, writes
 
 #: Longest wait for an event, in seconds.
@@ -67,9 +68,13 @@ def serving(
 ) -> Iterator[Served]:
     """Run a server with a model. A ``hurried`` server divides its timeouts for clients by :data:`HURRY`."""
     engine = Engine(model, Limits(parallel, queue))
+    api_key = options.pop("api_key", None)
+    if api_key is not None:
+        options["api_keys"] = {"default": api_key}
+    if hurried:  # a client of the real clock needs real time to send its request
+        options.setdefault("connections", ConnectionLimits(head_seconds=SECONDS * HURRY))
     app = create_app(engine, Settings("tiny", **options))
-    stop_seconds = 5 * HURRY if hurried else 5
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=stop_seconds))
+    server = uvicorn.Server(server_config(app, port=0, timeout_graceful_shutdown=5 * HURRY if hurried else 5))
 
     def run() -> None:
         with asyncio.Runner(loop_factory=HurriedLoop if hurried else None) as runner:
@@ -81,7 +86,7 @@ def serving(
     until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Served(engine, f"http://127.0.0.1:{port}", options.get("api_key"))
+        yield Served(engine, f"http://127.0.0.1:{port}", api_key)
     finally:
         engine.stop(0)
         server.should_exit = True
@@ -120,7 +125,8 @@ class Writer:
     def _part(self, asked: Asked) -> list[int]:
         """The part of the text that belongs to a canvas."""
         tokenizer, width = self.model.tokenizer, len(asked.canvas)
-        answers = asked.cached.count(tokenizer.token_id("<tool_response|>"))
+        [marker] = tokenizer.encode("<tool_response|>", markup=True)
+        answers = asked.cached.count(marker)
         return tokenizer.encode(self.texts[answers], markup=True)[asked.block * width :][:width]
 
     def _hold(self, method: str, parts: Sequence[Any]) -> None:

@@ -1,0 +1,173 @@
+"""Chat templates that do harm, or look like it. Each must be refused, unless it is in one of the lists of harmless ones."""
+
+_LOOP, _END = "{% for i in range(100000) %}", "{% endfor %}"
+
+
+def _doubled(values: str, use: str, *, turns: int = 60) -> str:
+    """A template that puts ``n.s`` and ``n.t`` twice into themselves, and then uses them."""
+    both = "".join(f"{{% set n.{name} = {values.replace('x', f'n.{name}')} %}}" for name in "st")
+    start = values.replace("x, x", "1, 1").replace("x", "'aa'")
+    return f"{{% set n = namespace(s={start}, t={start}) %}}{{% for i in range({turns}) %}}{both}{_END}{use}"
+
+
+_LISTS = {
+    "written": "{{ n.s }}",
+    "as JSON": "{{ n.s|tojson }}",
+    "as indented JSON": "{{ n.s|tojson(indent=2) }}",
+    "compared": "{{ n.s == n.t }}",
+    "looked for": "{{ n.s in [n.t] }}",
+    "counted": "{{ [n.t].count(n.s) }}",
+    "sorted": "{{ [n.s, n.t]|sort|length }}",
+    "selected": "{{ [n.s]|select('eq', n.t)|list }}",
+    "changed": "{% for i in [n.s, n.t] %}{{ loop.changed(i) }}{% endfor %}",
+    "formatted": "{{ '%s' % n.s }}",
+    "filtered": "{{ '%s'|format(n.s) }}",
+    "joined": "{{ [n.s]|join }}",
+    "concatenated": "{% set x = n.s ~ 'a' %}",
+    "a string": "{% set x = n.s|string %}",
+    "raised": "{{ raise_exception(n.s) }}",
+}
+_TUPLES = {
+    "a key": "{{ {n.s: 1} }}",
+    "an index": "{{ {}[n.s] }}",
+    "got": "{{ {}.get(n.s) }}",
+    "unique": "{{ [n.s]|unique|list }}",
+    "in a mapping": "{{ n.s in {} }}",
+}
+
+#: Name -> template. The names say what grows.
+HARMFUL: dict[str, str] = {
+    **{f"doubled lists {name}": _doubled("[x, x]", use) for name, use in _LISTS.items()},
+    **{f"doubled tuples as {name}": _doubled("(x, x)", use) for name, use in _TUPLES.items()},
+    "doubled text with ~": _doubled("x ~ x", ""),
+    "doubled text with +": _doubled("x + x", ""),
+    "doubled text with join": _doubled("x.join([x, x])", ""),
+    "doubled text with replace": _doubled("x|replace('a', 'aa')", ""),
+    "squared numbers": "{% set n = namespace(s=3) %}{% for i in range(100) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    "nested loops": f"{_LOOP}{_LOOP}{_END}{_END}",
+    "loop that filters all": f"{_LOOP}{{% for b in range(100000) if false %}}{_END}{_END}",
+    "loop of long body": _LOOP + "{% if messages %}{% endif %}" * 4000 + _END,
+    "recursive loop": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "deep recursive loop": "{% for a in range(9999) recursive %}{% if loop.depth < 4 %}{{ loop(range(9999)) }}{% endif %}" + _END,
+    "macro for ever": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "macro exponential": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(100) }}",
+    "macro text": "{% macro m(n) %}{% if n %}{% set x = m(n-1) %}{{ x }}{{ x }}{% else %}a{% endif %}{% endmacro %}{{ m(60) }}",
+    "block for ever": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
+    "namespace in itself": "{% set n = namespace() %}{% set n.s = [n, n] %}{{ n }}",
+    "product of text": "{{ 'a' * 10**9 }}",
+    "product of list": "{{ [1] * 10**9 }}",
+    "power": "{{ 10 ** 10 ** 10 }}{{ 9 ** 99999 }}",
+    "range": "{{ range(10**12)|list }}",
+    "ranges": _LOOP + "{% set x = range(100000)|list %}" + _END,
+    "kept lists": "{% set n = namespace(l=[]) %}" + _LOOP + "{% set n.l = n.l + [range(100000)|list] %}" + _END,
+    "center": "{{ 'a'|center(10**10) }}",
+    "center method": "{{ 'a'.center(10**10) }}",
+    "zfill": "{{ 'a'.zfill(10**10) }}",
+    "expandtabs": "{{ '\t'.expandtabs(10**10) }}",
+    "indent": "{{ 'a\n'|indent(10**9) }}",
+    "indented lines": "{{ ('a\n' * 100000)|indent(1000) }}",
+    "format": "{{ '%1000000000d'|format(1) }}",
+    "format operator": "{{ '%1000000000d' % 1 }}",
+    "format precision": "{{ '%.1000000000f' % 1 }}",
+    "format star": "{{ '%*d'|format(10**9, 1) }}",
+    "format names": "{{ '%(a)1000000000d' % {'a': 1} }}",
+    "format repeated": "{{ ('%(a)s' * 100000) % {'a': 'a' * 100000} }}",
+    "str.format": "{{ '{:1000000000}'.format(1) }}",
+    "str.format by map": "{{ ['{:1000000000}']|map(attribute='format')|list }}",
+    "str.format by attr": "{{ ('{:1000000000}'|attr('format'))(1) }}",
+    "lipsum": "{{ lipsum(n=10**6) }}",
+    "output": _LOOP + "{{ 'a' * 100000 }}" + _END,
+    "output of plain text": _LOOP + "a" * 100000 + _END,
+    "plain text in a variable": "{% set x %}" + _LOOP + "a" * 100000 + _END + "{% endset %}",
+    "plain text in a filter": "{% filter upper %}" + _LOOP + "a" * 10000 + _END + "{% endfilter %}",
+    "plain text in a macro": "{% macro m() %}"
+    + "a" * 100000
+    + "{% endmacro %}{% set x %}"
+    + _LOOP
+    + "{{ m() }}"
+    + _END
+    + "{% endset %}",
+    "replace": "{{ ('a' * 100000)|replace('a', 'b' * 100000) }}",
+    "replace method": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
+    "replace nothing": "{{ ('a' * 1000000).replace('', 'b' * 1000) }}",
+    "join": "{{ range(100000)|join('b' * 100000) }}",
+    "join method": "{{ ('b' * 100000).join([''] * 100000) }}",
+    "join generated": "{{ ('b' * 100000).join(range(100000)|map('string')) }}",
+    "split": "{% set n = namespace(l=[]) %}" + _LOOP + "{% set n.l = n.l + [('a ' * 500000).split()] %}" + _END,
+    "list of a text": "{% set n = namespace(l=[]) %}" + _LOOP + "{% set n.l = n.l + [('a ' * 500000)|list] %}" + _END,
+    "rfind": "{{ ('a' * 2000000).rfind('b' ~ 'a' * 1000000) }}",
+    "rsplit": "{{ ('a' * 2000000).rsplit('b' ~ 'a' * 1000000) }}",
+    "find": _LOOP + "{{ ('a' * 1000000).find('b') }}" + _END,
+    "strip": "{{ ('a' * 1000000).strip('b' * 1000000 ~ 'a') }}",
+    "trim": "{{ ('a' * 1000000)|trim('b' * 1000000 ~ 'a') }}",
+    "in text": "{% set x = 'a' * 10000000 %}" + _LOOP + "{% if 'b' in x %}{% endif %}" + _END,
+    "in range": _LOOP + "{% if 'a' in range(100000) %}{% endif %}" + _END,
+    "equal texts": "{% set x = 'a' * 10000000 %}{% set y = 'a' * 10000000 %}" + _LOOP + "{% if x == y %}{% endif %}" + _END,
+    "lower": "{% set x = 'a' * 10000000 %}" + _LOOP + "{% set y = x.lower() %}" + _END,
+    "is lower": "{% set x = 'a' * 10000000 %}" + _LOOP + "{% if x is lower %}{% endif %}" + _END,
+    "slices": "{% set x = range(100000)|list %}" + _LOOP + "{% set y = x[:] %}" + _END,
+    "kept slices": "{% set x = 'a' * 10000000 %}{% set n = namespace(l=[]) %}" + _LOOP + "{% set n.l = n.l + [x[1:]] %}" + _END,
+    "copies": "{% set x = range(100000)|list %}" + _LOOP + "{% set y = x.copy() %}" + _END,
+    "payments by name": "{{ [-10**12]|map(' tick')|list }}" + _LOOP + _LOOP + _END + _END,
+    "int": "{% set x = ('f' * 1000000)|int(0, 16) %}{{ x // 3 }}",
+    "round": "{{ 1.5|round(10**9, 'ceil') }}",
+    "sum of lists": "{{ ([[1] * 1000] * 100000)|sum(start=[])|length }}",
+    "groupby": _LOOP + "{% set x = range(100000)|groupby('real')|list %}" + _END,
+    "sort": _LOOP + "{% set x = range(100000)|sort %}" + _END,
+    "chain of map": _LOOP + "{% set x = range(100000)" + "|map('string')" * 50 + "|list %}" + _END,
+    "select nothing": _LOOP + "{% set x = range(100000)|select('none')|first %}" + _END,
+    "loop.length": _LOOP + "{% for j in range(100000)|select %}{{ loop.length }}{% break %}{% endfor %}" + _END,
+    "JSON indented": "{{ (range(1000)|list)|tojson(indent=10**9) }}",
+    "JSON separated": "{{ ([1] * 10000)|tojson(separators=('a' * 1000000, ':')) }}",
+    "JSON nested": "{% set n = namespace(s=[1]) %}" + _LOOP + "{% set n.s = [n.s] %}" + _END + "{{ n.s|tojson(indent=4) }}",
+    "dict": _LOOP + "{% set x = dict([[1, 2]] * 100000) %}" + _END,
+    "list appended to": "{% set l = [1] %}{% for x in l %}{{ l.append(1) }}{% endfor %}",
+    "title": "{% set x = 'a' * 10000000 %}" + _LOOP + "{% set y = x|title %}" + _END,
+    "escape": "{% set n = namespace(s='<') %}" + _LOOP + "{% set n.s = n.s|escape|string %}" + _END,
+    "long source": "a" * 200_000,
+    "long number": "{{ " + "9" * 100000 + " }}",
+    "long chain": "{{ a" + ".b" * 60000 + " }}",
+    "many parentheses": "{{ " + "(" * 60000 + "1" + ")" * 60000 + " }}",
+    "many sums": "{{ 1" + "+1" * 60000 + " }}",
+    "many loops": "{% for a in [1] %}" * 3000 + _END * 3000,
+    "many ifs": "{% if 1 %}" * 6000 + "{% endif %}" * 6000,
+    "many elifs": "{% if 1 %}" + "{% elif a %}{% set x = 1 %}" * 4500 + "{% endif %}",
+    "open expressions": "{{" * 60000,
+    "open statements": "{%" * 60000,
+    "open comments": "{#" * 60000,
+    "open string": "{{ '" + "\\" * 100000,
+    "spaces": "{% " + " " * 100000,
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import 'os' as os %}",
+    "extends": "{% extends 'a' %}",
+    "classes": "{{ [].__class__.__base__.__subclasses__() }}",
+    "globals": "{{ self.__init__.__globals__ }}",
+    "division by zero": "{{ 1 / 0 }}",
+    "missing name": "{{ foo() }}{{ foo.bar }}",
+    "missing filter": "{{ 1|no_such_filter }}",
+    "missing field": "{{ '%(a)s' % {} }}",
+    "call of nothing": "{{ none() }}",
+    "raised escape": "{{ raise_exception('\x1b[2J\nsecond line\u202e') }}",
+    "raised megabytes": "{{ raise_exception('a' * 10**6) }}",
+    "raised number": "{{ raise_exception(5) }}",
+    "nothing": "{{ '' }}",
+    "lone surrogate": "{{ '%c' % 55296 }}",
+}
+
+#: Templates that look harmful and are not. They must work.
+HARMLESS: dict[str, str] = {
+    "date": "{{ strftime_now('%Y') }}",
+    "wide date": "{{ strftime_now('%1000000000d') }}",
+    "calls in calls": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call m() %}" * 8
+    + "a"
+    + "{% endcall %}" * 8,
+    "many variables": "".join(f"{{% set a{i} = 1 %}}" for i in range(1000)) + "{% if a1 %}{% endif %}" * 500 + "x",
+    "many macros": "".join(f"{{% macro a{i}() %}}x{{% endmacro %}}" for i in range(1000)) + "{{ a1() }}",
+    "long list": "{{ [" + "1," * 200 + "]|length }}",
+    "text without tags": "Hello",
+    "byte order mark": "\ufeffHello",
+    "lines of Windows": "{% if true %}\r\nHello\r\n{% endif %}\r\n",
+    "generation": "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+    "cycler and joiner": "{% set c = cycler('a', 'b') %}{% set j = joiner(',') %}{{ c.next() }}{{ j() }}{{ j() }}",
+}
