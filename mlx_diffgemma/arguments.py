@@ -80,6 +80,8 @@ def _fitted(value: Any, hint: Any) -> Any:
         return _first_fitted(value, inner)
     if origin is np.ndarray:
         return _token_ids(value)
+    if origin is Iterable and isinstance(value, Iterable) and not isinstance(value, Mapping | str | bytes):
+        value, origin = list(value), Sequence
     if origin in (Sequence, tuple, list):
         return _list(value, inner, tuple if origin is tuple else list)
     kind = origin or hint
@@ -139,7 +141,7 @@ def _described(hint: Any) -> str:
         return "a list of token ids"
     if origin is tuple and inner[-1] is not Ellipsis:
         return f"{len(inner)} values"
-    if origin in (Sequence, tuple, list):
+    if origin in (Sequence, Iterable, tuple, list):
         return f"a list of {_plural(inner[0])}"
     return _NAMES.get(origin or hint, (f"a {getattr(hint, '__name__', hint)}",))[0]
 
