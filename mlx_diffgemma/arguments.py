@@ -80,8 +80,10 @@ def _fitted(value: Any, hint: Any) -> Any:
         return _first_fitted(value, inner)
     if origin is np.ndarray:
         return _token_ids(value)
-    if origin is Iterable and isinstance(value, Iterable) and not isinstance(value, Mapping | str | bytes):
-        value, origin = list(value), Sequence
+    if origin is Iterable:
+        if not isinstance(value, Iterable) or isinstance(value, Mapping | str | bytes | bytearray | memoryview):
+            raise _Misfit
+        return _list(list(value), inner, list)
     if origin in (Sequence, tuple, list):
         return _list(value, inner, tuple if origin is tuple else list)
     kind = origin or hint

@@ -15,6 +15,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from mlx_diffgemma.arguments import checked
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.files import first_line
 from mlx_diffgemma.prompts import CHANNEL, MARKERS, RESPONSE_END, TURN, TURN_END, check_messages, is_list
@@ -106,12 +107,14 @@ class Tokenizer:
             self._backend.add_special_tokens({name: text})  # the chat template and encode read it there
         return token
 
+    @checked
     def token_id(self, text: str) -> int | None:
         """The id of the single token ``text``, such as ``<|channel>``, or None if the vocabulary does not have it."""
         token = self._backend.convert_tokens_to_ids(text)
         # An unknown text gives the id of <unk>, or None if the vocabulary has no <unk>.
         return token if isinstance(token, int) and self._backend.convert_ids_to_tokens(token) == text else None
 
+    @checked
     def encode(self, text: str, *, markup: bool = False) -> list[int]:
         """Ids of ``text``, with nothing added. (The chat template adds the beginning-of-sequence token.)
 
@@ -137,6 +140,7 @@ class Tokenizer:
             yield
         return [token for piece in pieces for token in ids[piece]]
 
+    @checked
     def decode(self, ids: Iterable[int], *, final: bool = True) -> str:
         """Text for people, without padding, beginning, end and turn markers. Tool calls and channels stay as written.
 
@@ -154,6 +158,7 @@ class Tokenizer:
         written = b"".join(_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(kept))
         return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final)
 
+    @checked
     def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
         """For each of the ``ids`` of ``text``, the characters (start, end) that it lies in.
 
@@ -251,7 +256,7 @@ class Tokenizer:
         from mlx_diffgemma.templates.rendering import compiled
 
         check_messages(messages)
-        if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
+        if tools is not None and not (is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
             raise InputError("tools must be a list of JSON schemas, with one mapping per function")
         if not self._backend.chat_template:
             raise InputError("this checkpoint has no chat template; give a raw prompt instead of messages")

@@ -174,13 +174,30 @@ def calls(model: DiffusionGemma) -> dict[str, tuple[Call, dict[str, tuple[Any, .
             },
         ),
         "Settled": (Settled, {"steps": (None, *NO_INTEGERS, 0), "entropy": (None, "1", True, float("nan"), 0, *NOTHING)}),
+        "token_id": (model.tokenizer.token_id, {"text": (None, *NO_STRINGS)}),
+        "encode": (
+            lambda **given: model.tokenizer.encode(**{"text": "1", **given}),
+            {"text": (None, *NO_STRINGS), "markup": (*NO_FLAGS, None)},
+        ),
+        "decode": (
+            lambda **given: model.tokenizer.decode(**{"ids": [3], **given}),
+            {"ids": (None, 5, "3", b"3", ["3"], [1.5], [None], [[3]], {3: 4}), "final": (*NO_FLAGS, None)},
+        ),
+        "spans": (
+            lambda **given: model.tokenizer.spans(**{"ids": [3], "text": "1", **given}),
+            {"ids": (None, 5, "3", b"3", ["3"], [1.5], [None], {3: 4}), "text": (None, *NO_STRINGS)},
+        ),
+        "chat": (
+            lambda **given: model.tokenizer.chat(**{"messages": [{"role": "user", "content": "1"}], **given}),
+            {"messages": (None, *NO_PROMPTS), "tools": (5, "x", {"a": 1}, [5], ["x"])},
+        ),
         "Hole": (Hole, {"least": (None, *NO_INTEGERS, 0), "most": (None, *NO_INTEGERS, 0)}),
     }
 
 
 FUNCTIONS = (
     *("generate", "stream", "stream causal", "score", "prompt_ids", "infill", "revise", "proofread", "Conversation", "send"),
-    *("save", "load a conversation", "load", "Settled", "Hole"),
+    *("save", "load a conversation", "load", "Settled", "Hole", "token_id", "encode", "decode", "spans", "chat"),
 )
 
 

@@ -69,8 +69,7 @@ class ModelRoutes:
         return requests.read_json(await read_body(request, self.settings.max_body))
 
     def _running(self, request: Request, prepare: Steps[P], work: Callable[[P], Iterator[T]]) -> Running[P, T]:
-        client = getattr(request.state, "client", request.client.host if request.client else "")
-        return Running(self.engine, prepare, work, request.receive, client=client, seconds=self.settings.timeout)
+        return Running(self.engine, prepare, work, request.receive, client=request.state.client, seconds=self.settings.timeout)
 
     async def _answered(
         self,
