@@ -25,6 +25,7 @@ from mlx_diffgemma.backends.memory import require_memory
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import BackendError, ComputationError, InputError
+from mlx_diffgemma.vision.patches import Patches
 
 NAMES = ("mlx", "torch")
 DTYPES = ("float32", "bfloat16")
@@ -89,6 +90,30 @@ class Cache(Protocol):
         ...
 
 
+class Features(Protocol):
+    """The soft tokens of one image, on the device. Made by :meth:`Backend.see`."""
+
+    def __len__(self) -> int:
+        """How many soft tokens."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSpan:
+    """An image in a :class:`Piece`.
+
+    Attributes:
+        start: the place in the piece where its soft tokens begin.
+        features: take the places of the embeddings of len(features) tokens.
+    """
+
+    start: int
+    features: Features
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A stretch of one text. The causal pass reads it at once and appends it to the text's cache.
@@ -96,10 +121,13 @@ class Piece:
     Attributes:
         tokens: int32 [N], N at least 1.
         cache: holds everything before the piece; filled in place.
+        images: the images in it, in order. None is cut by the piece's ends. Who sees whom within an image is
+            ``config.image_mask``.
     """
 
     tokens: NDArray[np.int32]
     cache: Cache
+    images: tuple[ImageSpan, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +185,13 @@ class Backend(Protocol):
 
     def new_cache(self) -> Cache:
         """An empty cache."""
+        ...
+
+    def see(self, image: Patches) -> Features:
+        """Run the patches of an image through the vision tower.
+
+        Raises InputError if the checkpoint has no vision tower (``config.vision`` is None).
+        """
         ...
 
     def encode(self, pieces: Sequence[Piece]) -> None:

@@ -12,7 +12,7 @@ encoder's other text tensors are tied: if they are stored, they are copies of th
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -146,12 +146,15 @@ class Checkpoint:
         fields.table("config.json: generation_config", generation, CheckpointError)
         stored = tensors_of(_headers(folder, snapshot))
         text, twins = _without_twins({name: tensor for name, tensor in stored.items() if not name.startswith(_VISION)})
+        vision = {name: tensor for name, tensor in stored.items() if name.startswith(_VISION)}
+        if not vision:
+            config = replace(config, vision=None)
         return cls(
             folder=folder,
             config=config,
             generation=GenerationConfig.from_dict(generation, config.vocab_size),
             tensors=text,
-            vision={name: tensor for name, tensor in stored.items() if name.startswith(_VISION)},
+            vision=vision,
             quantization=quantized_modules(raw, text),
             twins=twins,
             snapshot=snapshot,

@@ -16,8 +16,14 @@ import numpy as np
 from mlx_diffgemma import fields
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.options import unknown_option
+from mlx_diffgemma.vision_config import VisionConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+#: Which soft tokens of an image see each other in both directions, in the causal pass. ``makers``: on sliding layers, within the
+#: window, as the model was trained. ``transformers``: on all layers and at any distance, as in the ``generate`` of
+#: `transformers`. ``causal``: none do.
+IMAGE_MASKS = ("makers", "transformers", "causal")
 
 #: The largest sizes that a configuration may name, each at least 16 times that of the released model. They are checked before
 #: anything of such a size is made. Together they keep the number of a tensor's elements below 2^63.
@@ -98,7 +104,14 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the text model, checked on construction. Attribute names are those of the checkpoint's ``text_config``."""
+    """The shape of the model, checked on construction. Attribute names are those of the checkpoint's ``text_config``.
+
+    Attributes:
+        image_token_id, video_token_id: the soft tokens of images and of the frames of a video. None if the checkpoint does not
+            say; the tokenizer then knows them.
+        image_mask: one of :data:`IMAGE_MASKS`.
+        vision: the vision tower; None if the checkpoint has none.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -114,6 +127,9 @@ class ModelConfig:
     canvas_length: int
     layers: tuple[LayerConfig, ...]
     image_token_id: int | None = None
+    video_token_id: int | None = None
+    image_mask: str = "causal"
+    vision: VisionConfig | None = None
 
     @property
     def num_hidden_layers(self) -> int:
@@ -124,8 +140,11 @@ class ModelConfig:
             fields.integer(f"config.json: {name}", getattr(self, name), 1, most, CheckpointError)
         for name, (least, largest) in _NUMBERS.items():
             fields.number(f"config.json: {name}", getattr(self, name), least, largest, CheckpointError)
-        if self.image_token_id is not None:
-            fields.integer("config.json: image_token_id", self.image_token_id, 0, 2**31 - 1, CheckpointError)
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(self, name) is not None:
+                fields.integer(f"config.json: {name}", getattr(self, name), 0, 2**31 - 1, CheckpointError)
+        if self.image_mask not in IMAGE_MASKS:
+            raise InputError(f"unknown image_mask {fields.shown(self.image_mask)}; known are {', '.join(IMAGE_MASKS)}")
         if not self.layers:
             raise CheckpointError("config.json: the model has no layers")
         if self.top_k_experts > self.num_experts:
@@ -159,6 +178,9 @@ class ModelConfig:
             canvas_length=_required(config, "canvas_length"),
             layers=_layers(text),
             image_token_id=config.get("image_token_id"),
+            video_token_id=config.get("video_token_id"),
+            image_mask="makers" if text.get("use_bidirectional_attention") == "vision" else "causal",
+            vision=None if config.get("vision_config") is None else VisionConfig.from_dict(config),
         )
 
 
@@ -168,7 +190,10 @@ def _required(table: Mapping[str, Any], name: str) -> Any:
     return table[name]
 
 
-_OTHER_FIELDS = ("canvas_length", "layers", "image_token_id", "final_logit_softcapping")
+_OTHER_FIELDS = (
+    *("canvas_length", "layers", "final_logit_softcapping"),
+    *("image_token_id", "video_token_id", "image_mask", "vision"),
+)
 _TEXT_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OTHER_FIELDS]
 
 
