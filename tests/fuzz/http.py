@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -183,11 +184,11 @@ class Attack:
                 continue
             action = self.rng.random()
             if action < 0.7:
-                place[key] = self.rng.choice(POISON)
+                place[key] = deepcopy(self.rng.choice(POISON))  # a value that contains itself is no JSON
             elif action < 0.85:
                 del place[key]
             elif isinstance(place, dict):
-                place[str(self.rng.choice(POISON))[:50]] = self.rng.choice(POISON)
+                place[str(self.rng.choice(POISON))[:50]] = deepcopy(self.rng.choice(POISON))
             return
 
     async def wrong_fields(self) -> bytes:
