@@ -26,6 +26,7 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import BackendError, ComputationError, InputError
 from mlx_diffgemma.vision.patches import Patches
+from mlx_diffgemma.vision_config import VisionConfig
 
 NAMES = ("mlx", "torch")
 DTYPES = ("float32", "bfloat16")
@@ -187,8 +188,8 @@ class Backend(Protocol):
         """An empty cache."""
         ...
 
-    def see(self, image: Patches) -> Features:
-        """Run the patches of an image through the vision tower.
+    def see(self, images: Sequence[Patches]) -> list[Features]:
+        """Run the patches of images through the vision tower, one image after another. Returns when the work is done.
 
         Raises InputError if the checkpoint has no vision tower (``config.vision`` is None).
         """
@@ -236,6 +237,14 @@ class Backend(Protocol):
         """
         ...
 
+    def vision_states(self, image: Patches) -> tuple[Features, list[NDArray[np.float32]]]:
+        """The features of an image as from :meth:`see`, and its states in the vision tower, for comparing backends.
+
+        The states are float32 [P, H] after the patch embedding and after each layer, [n, H] after the pooling, and last the
+        features [n, hidden size of the text model].
+        """
+        ...
+
     def peak_memory(self) -> int | None:
         """The most bytes that the framework has held on the device at once, or None if it does not count them."""
         ...
@@ -248,6 +257,39 @@ def check_tokens(tokens: NDArray[np.int32], config: ModelConfig) -> None:
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
         raise InputError(f"token id {wrong} is outside the vocabulary of {config.vocab_size} tokens")
+
+
+def check_images(piece: Piece) -> None:
+    """Raise InputError unless the images of a piece lie in it, in order, and do not overlap."""
+    end = 0
+    for image in piece.images:
+        start, stop = image.start, image.start + len(image.features)
+        if start < end or stop > len(piece.tokens):
+            raise InputError(
+                f"an image takes tokens {start} to {stop - 1} of a piece of {len(piece.tokens)}; images must lie in the piece, "
+                f"in order, and must not overlap"
+            )
+        end = stop
+
+
+def check_patches(image: Patches, vision: VisionConfig | None) -> None:
+    """Raise InputError if there is no vision tower, or unless the patches are such as it takes."""
+    if vision is None:
+        raise InputError("this checkpoint has no vision tower and reads no images; leave them out, or use one that has")
+    rows, columns, side = image.rows, image.columns, vision.pooling_kernel_size
+    size = 3 * vision.patch_size**2
+    if image.pixels.shape != (rows * columns, size) or min(rows, columns) < 1 or rows % side or columns % side:
+        raise InputError(
+            f"patches {list(image.pixels.shape)} of {rows} x {columns} do not fit the model, which takes patches of {size} "
+            f"numbers and sides in multiples of {side}; make them with read_picture"
+        )
+    if max(rows, columns) > vision.position_embedding_size:
+        raise InputError(
+            f"an image of {rows} x {columns} patches is larger than the model's {vision.position_embedding_size} along a side; "
+            f"use a smaller budget"
+        )
+    if image.soft_tokens * side**2 != rows * columns:
+        raise InputError(f"{rows} x {columns} patches make {rows * columns // side**2} soft tokens, not {image.soft_tokens}")
 
 
 def check_rows(rows: Sequence[Row], config: ModelConfig) -> None:
@@ -361,6 +403,7 @@ def load_backend(
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    image_mask: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Backend:
     """Load a checkpoint's weights. Those that are not in the hub's cache are downloaded, when everything else is checked.
@@ -371,6 +414,7 @@ def load_backend(
         dtype: ``float32`` or ``bfloat16``; default: bfloat16 on an accelerator and float32 on a CPU. float16 would overflow in
             this model (activations beyond 65,504).
         force: load the checkpoint even if it needs more memory than is free.
+        image_mask: one of :data:`mlx_diffgemma.config.IMAGE_MASKS`; default: as ``config.json`` says.
         progress: called after each tensor.
 
     Raises:
@@ -378,6 +422,7 @@ def load_backend(
         CheckpointError: the weights do not fit the configuration, are damaged, or cannot be downloaded.
     """
     check_process()
+    checkpoint = checkpoint.with_image_mask(image_mask)
     place = find_place(name, device=device, dtype=dtype)
     if not force:
         require_memory(checkpoint, place)

@@ -34,6 +34,7 @@ from mlx_diffgemma.backends import BATCHES
 from mlx_diffgemma.chat.reply import reply
 from mlx_diffgemma.demo.sudoku import fresh_puzzle
 from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.prompts import PromptTokens
 from mlx_diffgemma.writing import Writing, sampling_config, write
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -114,7 +115,10 @@ def alone(model: DiffusionGemma, ids: Any, seed: int, path: str, body: dict[str,
     """The library's reply for one choice of a request."""
     options = {"max_new_tokens": body["max_tokens"]}
     config = sampling_config(model.checkpoint.generation, body.get("mode", "diffusion"), options)
-    writing, context = Writing(config, seed, tuple(body.get("stop", ()))), read(model.backend, ids, model.piece_rule)
+    writing, context = (
+        Writing(config, seed, tuple(body.get("stop", ()))),
+        read(model.backend, PromptTokens(ids), model.piece_rule),
+    )
     if "chat" in path:
         *_, last = reply(model, context, writing)
         assert isinstance(last, Reply)

@@ -95,12 +95,14 @@ def prefill(folder: str, name: str, length: int, canvas: int) -> dict[str, Any]:
     from mlx_diffgemma.backends import load_backend
     from mlx_diffgemma.checkpoint import Checkpoint
     from mlx_diffgemma.prefix_cache import read
-    from mlx_diffgemma.prompts import PieceRule
+    from mlx_diffgemma.prompts import PieceRule, PromptTokens
 
     backend = load_backend(Checkpoint.open(folder), name, device="cpu", dtype="float32")
     tokens = np.random.default_rng(0).integers(0, backend.config.vocab_size, length).astype(np.int32)
     found: list[Any] = []
-    seconds, peak = measured(name, lambda: found.append(read(backend, tokens, PieceRule(backend.config.canvas_length))))
+    seconds, peak = measured(
+        name, lambda: found.append(read(backend, PromptTokens(tokens), PieceRule(backend.config.canvas_length)))
+    )
     cache = found[0].cache.nbytes
     return {"what": "prompt", "positions": length, "cache": cache, "peak": peak - cache, "seconds": seconds}
 

@@ -39,9 +39,11 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     from mlx.utils import tree_flatten
 
     from mlx_diffgemma.backends.mlx.model import TextModel
+    from mlx_diffgemma.backends.mlx.vision import VisionModel
 
-    model: Any = TextModel(checkpoint.config)  # MLX is lazy, so this makes no weights
-    checkpoint.check({name: array.shape for name, array in dict(tree_flatten(model.parameters())).items()})
+    config = checkpoint.config
+    parts: list[Any] = [TextModel(config), *([VisionModel(config)] if config.vision else [])]  # lazy, so this makes no weights
+    checkpoint.check({name: array.shape for part in parts for name, array in dict(tree_flatten(part.parameters())).items()})
 
 
 def pack(rows: NDArray[Any], dtype: str, quantization: Quantization | None) -> list[NDArray[Any]]:

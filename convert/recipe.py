@@ -84,7 +84,10 @@ def make_recipe(name: str = "4bit", settings: Iterable[str] = ()) -> Recipe:
             raise InputError(f"unknown part {part!r}; known are {', '.join(PARTS)}")
         recipe[part] = parse_format(text)
     if recipe["vision"] is not None:
-        raise InputError("the vision tower stays in BF16; use vision=bf16 or leave it out")
+        raise InputError(
+            "the vision tower stays in BF16, because no group of 32 or more divides its rows of 4,304 weights; "
+            "use vision=bf16 or leave it out"
+        )
     return recipe
 
 
@@ -165,8 +168,7 @@ class Plan:
             InputError: the groups of a format do not divide a tensor's last axis.
         """
         _check_source(checkpoint)
-        entries = [_entry(part_of(name), tensor, recipe) for name, tensor in checkpoint.tensors.items()]
-        entries += [_entry("vision", tensor, recipe) for tensor in checkpoint.vision.values()]
+        entries = [_entry(part_of(name), tensor, recipe) for name, tensor in checkpoint.stored.items()]
         return cls(recipe, tuple(_shards(entries, shard_bytes)))
 
     @property
@@ -204,7 +206,7 @@ class Plan:
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
-    for tensor in (*checkpoint.tensors.values(), *checkpoint.vision.values()):
+    for tensor in checkpoint.stored.values():
         if tensor.dtype == "U32" or tensor.name.endswith(".scales"):
             raise CheckpointError(
                 f"{checkpoint.folder}: already quantized ({tensor.name} is {tensor.dtype}); convert the BF16 checkpoint instead"

@@ -19,6 +19,7 @@ from mlx_diffgemma.pipeline import DiffusionGemma, Score, load
 from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Block, Draft
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.vision.sources import Image, Video
 from mlx_diffgemma.writing import Content, Generation, Reasoning, Statistics, ToolCall
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "Hole",
+    "Image",
     "Infill",
     "InputError",
     "PrefixCache",
@@ -49,6 +51,7 @@ __all__ = [
     "Statistics",
     "Token",
     "ToolCall",
+    "Video",
     "infill",
     "load",
     "proofread",

@@ -27,6 +27,7 @@ _NAMES = {
     Path: ("a path", "paths"),
     Mapping: ("a mapping", "mappings"),
     Callable: ("a function", "functions"),
+    Any: ("a value", "values"),
 }
 
 
@@ -96,7 +97,7 @@ def _fitted(value: Any, hint: Any) -> Any:
     elif kind is Callable:
         fits = callable(value)
     else:
-        fits = not isinstance(kind, type) or isinstance(value, kind)
+        fits = kind is Any or not isinstance(kind, type) or isinstance(value, kind)
     if not fits:
         raise _Misfit
     return value

@@ -4,9 +4,10 @@ Opening a checkpoint reads no weights, and downloads none: only the headers of t
 :meth:`Checkpoint.fetch_weights`, and then read each tensor from the file that :class:`Tensor` names.
 
 **Names.** The models use the checkpoint's own attribute names, with few exceptions, all in :func:`graph_name`: the prefix
-``model.decoder.`` is removed, the encoder's own text tensors become ``layers.N.encoder_layer_scalar``, and the experts' stacked
-weights, which have no ``.weight`` at their end on the hub, get one (as in MLX's quantized checkpoints). The output head and the
-encoder's other text tensors are tied: if they are stored, they are copies of the decoder's, and must be equal to them.
+``model.decoder.`` is removed, and ``model.encoder.`` from the vision tower's; the encoder's own text tensors become
+``layers.N.encoder_layer_scalar``; and the experts' stacked weights, which have no ``.weight`` at their end on the hub, get one
+(as in MLX's quantized checkpoints). The output head and the encoder's other text tensors are tied: if they are stored, they are
+copies of the decoder's, and must be equal to them.
 """
 
 import os
@@ -21,9 +22,9 @@ from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.files import read_json
 from mlx_diffgemma.hub import SIDE_FILES, Snapshot, local_folder
-from mlx_diffgemma.weights import READABLE, Header, Tensor, indexed_files, read_header, same_bytes, tensors_of, weight_files
+from mlx_diffgemma.weights import Header, Tensor, indexed_files, read_header, same_bytes, tensors_of, weight_files
 
-_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_VISION = ("vision_tower.", "embed_vision.")
 _LAYER = re.compile(r"layers\.\d+\.")
 _ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.(layers\.\d+)\.layer_scalar")
 #: Stored names of copies, and the names of what they are copies of. `transformers` ties these weights, and may store both.
@@ -109,8 +110,8 @@ class Checkpoint:
         folder: the folder of its files.
         config, generation: the content of its JSON files.
         tensors: the text model's tensors, by their names in the model.
-        vision: the tensors of the vision tower, by their stored names. Their weights are never read.
-        quantization: the quantized modules, by their paths in the model.
+        vision: the vision tower's tensors, by their names in the model. Without them, ``config.vision`` is None.
+        quantization: the quantized modules of both, by their paths in the model.
         twins: further copies of tied tensors, by the names in the model of the tensors that they copy.
         snapshot: where the files come from, if they come from the hub. The weights may not be downloaded yet.
     """
@@ -144,49 +145,56 @@ class Checkpoint:
         has_generation = os.path.lexists(folder / "generation_config.json")
         generation = read_json(folder / "generation_config.json") if has_generation else raw.get("generation_config", {})
         fields.table("config.json: generation_config", generation, CheckpointError)
-        stored = tensors_of(_headers(folder, snapshot))
-        text, twins = _without_twins({name: tensor for name, tensor in stored.items() if not name.startswith(_VISION)})
-        vision = {name: tensor for name, tensor in stored.items() if name.startswith(_VISION)}
+        tensors, twins = _without_twins(tensors_of(_headers(folder, snapshot)))
+        vision = {name: tensor for name, tensor in tensors.items() if is_vision(name)}
         if not vision:
             config = replace(config, vision=None)
         return cls(
             folder=folder,
             config=config,
             generation=GenerationConfig.from_dict(generation, config.vocab_size),
-            tensors=text,
+            tensors={name: tensor for name, tensor in tensors.items() if not is_vision(name)},
             vision=vision,
-            quantization=quantized_modules(raw, text),
+            quantization=quantized_modules(raw, tensors),
             twins=twins,
             snapshot=snapshot,
         )
+
+    def with_image_mask(self, image_mask: str | None) -> Self:
+        """The checkpoint with another ``config.image_mask``; unchanged if it is None. Raises InputError for an unknown one."""
+        return self if image_mask is None else replace(self, config=replace(self.config, image_mask=image_mask))
 
     @property
     def name(self) -> str:
         """The hub id or the folder, for messages."""
         return self.snapshot.repository if self.snapshot else str(self.folder)
 
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """All tensors to load, the text model's and the vision tower's, by their names in the model."""
+        return {**self.tensors, **self.vision}
+
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError if tensors are missing, unexpected, or not of the right shape and type; it names all of them.
 
-        ``expected`` has the shape of each tensor of the model. No weights are read.
+        ``expected`` has the shape of each tensor of the model, vision tower included. No weights are read.
         """
-        known = sorted(expected.keys() & self.tensors.keys())
-        copies = [(self.tensors[name], twin) for name in known for twin in self.twins.get(name, ())]
+        stored = self.stored
+        known = sorted(expected.keys() & stored.keys())
+        copies = [(stored[name], twin) for name in known for twin in self.twins.get(name, ())]
         problems = {
-            "missing:": expected.keys() - self.tensors.keys(),
-            "unexpected:": {self.tensors[name].name for name in self.tensors.keys() - expected.keys()},
+            "missing:": expected.keys() - stored.keys(),
+            "unexpected:": {stored[name].name for name in stored.keys() - expected.keys()},
             "of the wrong shape:": {
-                f"{self.tensors[name].name} is {list(self.tensors[name].shape)}, not {list(expected[name])}"
+                f"{stored[name].name} is {list(stored[name].shape)}, not {list(expected[name])}"
                 for name in known
-                if self.tensors[name].shape != expected[name]
+                if stored[name].shape != expected[name]
             },
             "of the wrong type:": {
-                f"{self.tensors[name].name} is {self.tensors[name].dtype}, not {' or '.join(STORED[self.numbers(name)])}"
+                f"{stored[name].name} is {stored[name].dtype}, not {' or '.join(STORED[self.numbers(name)])}"
                 for name in known
-                if self.tensors[name].dtype not in STORED[self.numbers(name)]
-            }
-            # MLX cannot open a file that has a tensor of such a type.
-            | {f"{name} is {tensor.dtype}" for name, tensor in self.vision.items() if tensor.dtype not in READABLE},
+                if stored[name].dtype not in STORED[self.numbers(name)]
+            },
             "tied but different:": {
                 f"{twin.name} is {twin.dtype} {list(twin.shape)}, {one.name} is {one.dtype} {list(one.shape)}"
                 for one, twin in copies
@@ -202,7 +210,8 @@ class Checkpoint:
 
         Raises CheckpointError if the disk is full, the download fails, or a copy differs.
         """
-        tensors = [*self.tensors.values(), *self.vision.values(), *(twin for twins in self.twins.values() for twin in twins)]
+        stored = self.stored
+        tensors = [*stored.values(), *(twin for twins in self.twins.values() for twin in twins)]
         absent = sorted({tensor.file for tensor in tensors if not tensor.file.exists()})
         if self.snapshot is not None and absent:
             self.snapshot.fetch_weights([file.name for file in absent])
@@ -211,9 +220,9 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder}: the weights changed on the hub during the download; run again")
         for name, twins in self.twins.items():
             for twin in twins:
-                if not same_bytes(self.tensors[name], twin):
+                if not same_bytes(stored[name], twin):
                     raise CheckpointError(
-                        f"{self.folder}: {twin.name} and {self.tensors[name].name} are tied, but their values differ; "
+                        f"{self.folder}: {twin.name} and {stored[name].name} are tied, but their values differ; "
                         f"fetch the weights again, or remove one of the two"
                     )
 
@@ -229,13 +238,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of the text model."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Stored bytes of all tensors to load."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
     def refuse_numbers(self, name: str, count: int) -> None:
         """Raise CheckpointError if ``count`` values of a tensor of the model are unusable, as a backend found on loading it."""
         if count:
-            tensor = self.tensors[name]
+            tensor = self.stored[name]
             raise CheckpointError(
                 f"{tensor.file}: {count:,} values of {tensor.name} are NaN, infinite or beyond {LARGEST:.0e}; the weights are "
                 f"damaged, fetch them again"
@@ -258,7 +267,7 @@ def _headers(folder: Path, snapshot: Snapshot | None) -> dict[Path, Header]:
 
 
 def _without_twins(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """The text model's tensors by their names in the model, and the other copies of those that are stored more than once."""
+    """The tensors by their names in the model, and the other copies of those that are stored more than once."""
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in stored.items():
         groups.setdefault(graph_name(name), []).append(tensor)
@@ -268,7 +277,9 @@ def _without_twins(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def graph_name(stored: str) -> str:
-    """The name in the model of a stored text tensor. The module docstring lists the renames."""
+    """The name in the model of a stored tensor. The module docstring lists the renames."""
+    if is_vision(name := stored.removeprefix("model.encoder.")):
+        return name
     if scalar := _ENCODER_SCALAR.fullmatch(stored):
         return f"{scalar[1]}.encoder_layer_scalar"
     for copy, original in _TIED.items():
@@ -278,9 +289,17 @@ def graph_name(stored: str) -> str:
     return f"{name}.weight" if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) else name
 
 
+def is_vision(name: str) -> bool:
+    """Whether a name in the model is in the vision tower, which includes the projection of what it sees."""
+    return name.startswith(_VISION)
+
+
 def part_of(name: str) -> str:
-    """The part of the text model that a tensor belongs to, by its name in the model: one of :data:`PARTS`, or :data:`NORMS`."""
-    return PART_OF.get(_LAYER.sub("", name.rpartition(".")[0]), NORMS)
+    """The part of the model that a tensor belongs to, by its name in the model: one of :data:`PARTS`, or :data:`NORMS`.
+
+    The whole vision tower, with its norms, is one part.
+    """
+    return "vision" if is_vision(name) else PART_OF.get(_LAYER.sub("", name.rpartition(".")[0]), NORMS)
 
 
 def quantized_modules(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Quantization]:

@@ -135,6 +135,12 @@ class ModelConfig:
     def num_hidden_layers(self) -> int:
         return len(self.layers)
 
+    def image_reach(self, layer: LayerConfig) -> int:
+        """How far the soft tokens of one image see each other in both directions: those less than this many positions apart."""
+        if self.image_mask == "transformers":
+            return _SIZES["max_position_embeddings"]  # longer than any image
+        return self.sliding_window if self.image_mask == "makers" and layer.is_sliding else 1
+
     def __post_init__(self) -> None:
         for name, most in _SIZES.items():
             fields.integer(f"config.json: {name}", getattr(self, name), 1, most, CheckpointError)

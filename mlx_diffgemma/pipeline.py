@@ -19,10 +19,12 @@ from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.hub import local_folder
 from mlx_diffgemma.options import SamplerOptions, spelled_out
 from mlx_diffgemma.prefix_cache import read
-from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
+from mlx_diffgemma.prompts import IMAGE, VIDEO, PieceRule, Prompt, PromptTokens, chunks, place_images
 from mlx_diffgemma.settling import Settled
 from mlx_diffgemma.steps import Steps, run
-from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.tokenizer import Tokenizer, with_media
+from mlx_diffgemma.vision.media import Media, split_media_steps
+from mlx_diffgemma.vision.sources import with_images
 from mlx_diffgemma.writing import Event, Generation, Writing, fresh_seed, sampling_config, write
 
 
@@ -85,7 +87,16 @@ class DiffusionGemma:
     def piece_rule(self) -> PieceRule:
         """The rule that cuts the model's texts into pieces for the causal pass."""
         ends = {self.tokenizer.end_of_turn_id, *self.checkpoint.generation.eos_token_ids}
-        return PieceRule(self.config.canvas_length, tuple(sorted(ends)), self.tokenizer.reply_starts)
+        return PieceRule(self.config.canvas_length, tuple(sorted(ends)), self.tokenizer.reply_starts, self.soft_tokens)
+
+    @cached_property
+    def soft_tokens(self) -> tuple[int, ...]:
+        """The ids of the soft tokens of images and of the frames of videos. None if the model reads text only."""
+        if self.config.vision is None:
+            return ()
+        known = (self.config.image_token_id, self.config.video_token_id)
+        named = (self.tokenizer.token_id(marker) for marker in (IMAGE, VIDEO))
+        return tuple(token for token in map(_first, known, named) if token is not None)
 
     @spelled_out
     @checked
@@ -93,6 +104,7 @@ class DiffusionGemma:
         self,
         prompt: Prompt,
         *,
+        images: Sequence[Any] = (),
         mode: str = "diffusion",
         system: str | None = None,
         raw: bool = False,
@@ -105,8 +117,10 @@ class DiffusionGemma:
         **options: Unpack[SamplerOptions],
     ) -> Generation:
         """Write a text after ``prompt``. Arguments and errors as in :meth:`stream`; returns the last event of that stream."""
-        given: dict[str, Any] = {"mode": mode, "system": system, "raw": raw, "markup": markup, "seed": seed, "stop": stop}
-        for event in self.stream(prompt, **given, logprobs=logprobs, frozen=frozen, canvas=canvas, **options):
+        given: dict[str, Any] = {"images": images, "mode": mode, "system": system, "raw": raw, "markup": markup}
+        for event in self.stream(
+            prompt, **given, seed=seed, stop=stop, logprobs=logprobs, frozen=frozen, canvas=canvas, **options
+        ):
             if isinstance(event, Generation):
                 return event
         raise AssertionError("a stream ends in its Generation")
@@ -117,6 +131,7 @@ class DiffusionGemma:
         self,
         prompt: Prompt,
         *,
+        images: Sequence[Any] = (),
         mode: str = "diffusion",
         system: str | None = None,
         raw: bool = False,
@@ -132,7 +147,12 @@ class DiffusionGemma:
         """Write a text after ``prompt``, and yield every step of the work.
 
         Args:
-            prompt: a text or a conversation, which the chat template renders, or token ids, which are used unchanged.
+            prompt: a text or a conversation, which the chat template renders, or token ids, which are used unchanged. The content
+                of a message may have parts with images and videos; see :mod:`mlx_diffgemma.vision.media`.
+            images: images and videos that come before the text of the prompt, or of the conversation's last message: paths,
+                bytes, Pillow images, NumPy arrays, or :class:`~mlx_diffgemma.vision.sources.Image` and
+                :class:`~mlx_diffgemma.vision.sources.Video`. A raw prompt says where they stand, by ``<|image|>`` and
+                ``<|video|>`` and with ``markup``. Token ids have the soft tokens of each.
             mode: ``diffusion`` writes a canvas at a time, ``causal`` one token at a time.
             system: a system message to put before the conversation.
             raw: use the prompt text unchanged, without the chat template.
@@ -155,7 +175,7 @@ class DiffusionGemma:
             InputError: by this call itself, before the first event is requested.
             ComputationError: the model computed NaN or infinity.
         """
-        ids = self.prompt_ids(prompt, raw=raw, system=system, markup=markup)
+        tokens = run(self.prompt_steps(prompt, raw=raw, system=system, markup=markup, images=images))
         writing = Writing(
             config=sampling_config(self.checkpoint.generation, mode, options),
             seed=fresh_seed() if seed is None else seed,
@@ -165,11 +185,11 @@ class DiffusionGemma:
             frozen=frozen,
             canvas=canvas,
         )
-        writing.check(self.config, ids)
-        return self._stream(ids, writing)
+        writing.check(self.config, tokens.ids)
+        return self._stream(tokens, writing)
 
-    def _stream(self, ids: NDArray[np.int32], writing: Writing) -> Iterator[Event]:
-        context = read(self.backend, ids, self.piece_rule)
+    def _stream(self, prompt: PromptTokens, writing: Writing) -> Iterator[Event]:
+        context = read(self.backend, prompt, self.piece_rule)
         yield from write(self.backend, self.tokenizer, context, writing)
 
     @checked
@@ -178,6 +198,7 @@ class DiffusionGemma:
         text: str | Sequence[int],
         prompt: Prompt | None = None,
         *,
+        images: Sequence[Any] = (),
         system: str | None = None,
         raw: bool = False,
         markup: bool = False,
@@ -188,59 +209,97 @@ class DiffusionGemma:
             text: a text or token ids, used unchanged. A text is tokenized separately from the prompt.
             prompt: what comes before the text, read as in :meth:`stream`. With the chat template, ``text`` is the model's answer.
                 By default the prompt is only the beginning-of-sequence token.
-            system, markup: as in :meth:`stream`. ``markup`` applies to ``text`` too.
+            images, system, markup: as in :meth:`stream`. ``markup`` applies to ``text`` too.
             raw: use the prompt unchanged, without the chat template. If there is no prompt, begin with ``text`` itself. Its first
                 token then has no probability and does not count in the perplexity.
 
         Raises InputError if the text is empty or if, with the prompt, it exceeds the model's context, and ComputationError if the
         model computed NaN or infinity.
         """
-        tokens = self._checked_ids(self.tokenizer.encode(text, markup=markup) if isinstance(text, str) else text)
-        before: NDArray[np.int32] = np.empty(0, np.int32)
+        tokens = self._placed(self.tokenizer.encode(text, markup=markup) if isinstance(text, str) else text, ()).ids
+        before = PromptTokens(np.empty(0, np.int32))
         if prompt is not None:
-            before = self.prompt_ids(prompt, raw=raw, system=system, markup=markup)
+            before = run(self.prompt_steps(prompt, raw=raw, system=system, markup=markup, images=images))
         elif system is not None:
             raise InputError("a system message needs a prompt; give one, or leave out system")
+        elif len(images):
+            raise InputError("images need a prompt; give one, or leave out images")
         elif not raw:
-            before = np.array([self.tokenizer.bos_token_id], np.int32)
+            before = PromptTokens(np.array([self.tokenizer.bos_token_id], np.int32))
         total, context = len(before) + len(tokens), self.config.max_position_embeddings
         if total > context:
             raise InputError(f"the text and its prompt have {total} tokens, but the model's context is {context}; shorten them")
-        cache = read(self.backend, before, self.piece_rule).cache if before.size else self.backend.new_cache()
+        cache = read(self.backend, before, self.piece_rule).cache if len(before) else self.backend.new_cache()
         parts = [scored(self.backend, Piece(piece, cache)) for piece in chunks(tokens)]
         return Score(tokens.tolist(), np.concatenate(parts).tolist())
 
     @checked
     def prompt_ids(
-        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, markup: bool = False
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        markup: bool = False,
+        images: Sequence[Any] = (),
     ) -> NDArray[np.int32]:
         """Token ids [N] of a prompt, read as in :meth:`stream`."""
-        return run(self.prompt_steps(prompt, raw=raw, system=system, markup=markup))
+        return run(self.prompt_steps(prompt, raw=raw, system=system, markup=markup, images=images)).ids
 
     def prompt_steps(
-        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, markup: bool = False
-    ) -> Steps[NDArray[np.int32]]:
-        """:meth:`prompt_ids` in steps."""
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        markup: bool = False,
+        images: Sequence[Any] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_options: Any,
+    ) -> Steps[PromptTokens]:
+        """The tokens and images of a prompt, read as in :meth:`stream`, in steps.
+
+        Args:
+            tools, template_options: as in :meth:`~mlx_diffgemma.tokenizer.Tokenizer.render`.
+        """
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("the prompt is empty")
             if raw:
                 if system is not None:
                     raise InputError("a system message needs the chat template; leave out raw, or write it into the prompt")
-                return self._checked_ids((yield from self.tokenizer.encode_steps(prompt, markup=markup)))
+                media = yield from self._media(images)
+                text = with_media(prompt, media) if markup else prompt
+                if media and not markup:
+                    raise InputError("a raw prompt with images needs markup, and <|image|> in the prompt for each image")
+                return self._placed((yield from self.tokenizer.encode_steps(text, markup=markup)), media)
             prompt = [{"role": "user", "content": prompt}]
         if not len(prompt):  # noqa: PLC1802 (a NumPy array has no truth value)
             raise InputError("the prompt is empty")
         if isinstance(prompt[0], Mapping):
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            return self._checked_ids((yield from self.tokenizer.chat_steps([*messages, *prompt], markup=markup)))
+            messages = with_images(prompt, images)
+            messages, media = yield from self._split(messages)
+            if system is not None:
+                messages = [{"role": "system", "content": system}, *messages]
+            ids = yield from self.tokenizer.chat_steps(messages, tools=tools, markup=markup, media=media, **template_options)
+            return self._placed(ids, media)
         if system is not None:
             raise InputError("a system message needs the chat template; leave it out, or give a text instead of token ids")
-        return self._checked_ids(prompt)
+        return self._placed(prompt, (yield from self._media(images)))
+
+    def _media(self, images: Sequence[Any]) -> Steps[Sequence[Media]]:
+        """Images and videos that belong to no message."""
+        message = with_images([{"role": "user", "content": ""}], images)
+        _, media = yield from self._split(message)
+        return media
+
+    def _split(self, messages: Sequence[Any]) -> Steps[tuple[list[Any], list[Media]]]:
+        return split_media_steps(messages, self.config.vision, max_soft_tokens=self.config.max_position_embeddings)
+
+    def _placed(self, ids: Sequence[Any], media: Sequence[Media]) -> PromptTokens:
+        return place_images(self._checked_ids(ids), [image for each in media for image in each.images], self.soft_tokens)
 
     def _checked_ids(self, ids: Sequence[Any]) -> NDArray[np.int32]:
-        if self.config.image_token_id in ids:
-            raise InputError("the prompt has an image, and images are not supported yet; leave it out")
         tokens = np.asarray(ids)
         if not tokens.size:
             raise InputError("the text is empty")
@@ -248,6 +307,10 @@ class DiffusionGemma:
             raise InputError("a prompt of token ids must be integers")
         check_tokens(tokens, self.config)  # before int32 overflows
         return tokens.astype(np.int32)
+
+
+def _first(known: int | None, named: int | None) -> int | None:
+    return named if known is None else known
 
 
 def prepare(
@@ -258,6 +321,7 @@ def prepare(
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    image_mask: str | None = None,
     showing: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(lambda done, total: None),
 ) -> DiffusionGemma:
     """As :func:`load`, but without the weights: they are downloaded and loaded when the model's backend is first needed.
@@ -270,7 +334,7 @@ def prepare(
     """
     local_folder(source)
     find_place(backend, device=device, dtype=dtype)
-    checkpoint = Checkpoint.open(source, revision)
+    checkpoint = Checkpoint.open(source, revision).with_image_mask(image_mask)
 
     def loader() -> Backend:
         with showing() as progress:
@@ -290,6 +354,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    image_mask: str | None = None,
 ) -> DiffusionGemma:
     """Load a checkpoint from a folder or the hub.
 
@@ -298,11 +363,11 @@ def load(
     Args:
         source: a folder, or a hub id such as ``google/diffusiongemma-26B-A4B-it``.
         revision: a branch, tag or commit of the hub's repository.
-        backend, device, dtype, force: see :func:`mlx_diffgemma.backends.load_backend`.
+        backend, device, dtype, force, image_mask: see :func:`mlx_diffgemma.backends.load_backend`.
 
     Raises:
         CheckpointError, BackendError, InputError: with one line that says what is wrong and what to do.
     """
-    model = prepare(source, revision=revision, backend=backend, device=device, dtype=dtype, force=force)
+    model = prepare(source, revision=revision, backend=backend, device=device, dtype=dtype, force=force, image_mask=image_mask)
     _ = model.backend
     return model

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Self
 from mlx_diffgemma.arguments import checked
 from mlx_diffgemma.errors import CheckpointError, InputError
 from mlx_diffgemma.files import first_line
-from mlx_diffgemma.prompts import CHANNEL, MARKERS, RESPONSE_END, TURN, TURN_END, check_messages, is_list
+from mlx_diffgemma.prompts import CHANNEL, IMAGE, MARKERS, RESPONSE_END, TURN, TURN_END, VIDEO, check_messages, counted, is_list
 from mlx_diffgemma.steps import Steps, run
 from mlx_diffgemma.tokenizer_files import check_vocabulary, readable
+from mlx_diffgemma.vision.media import Media, Picture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _USER = ({"role": "user", "content": "Hi"},)
 _CALLED = {"id": "0", "type": "function", "function": {"name": "f", "arguments": {}}}
 _TOOL = (*_USER, {"role": "assistant", "tool_calls": [_CALLED]}, {"role": "tool", "tool_call_id": "0", "content": "Hi"})
+# The places of images and videos in a rendered conversation.
+_PLACE = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 # Put between the characters of a special token that a caller's text spells. A lone surrogate, which no valid text contains.
 _CUT = "\udfff"
 # Pieces that one step encodes: about 10 ms.
@@ -188,14 +191,15 @@ class Tokenizer:
 
         Args:
             messages: mappings with ``role`` and ``content``. The content is a string, a list of parts such as
-                ``{"type": "text", "text": "Hi"}``, or None. An assistant's message may leave it out (tool calls).
+                ``{"type": "text", "text": "Hi"}``, or None. An assistant's message may leave it out (tool calls). A part
+                ``{"type": "image"}`` is the place of an image, and becomes ``<|image|>``.
             add_generation_prompt: end with the tokens after which the model's reply begins.
             tools: JSON schemas of the functions that the model may call.
             template_options: variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InputError: the messages have the wrong form or contain images, video or audio; the template refuses them, or does
-                more than :mod:`mlx_diffgemma.templates` allows; or the checkpoint has no chat template.
+            InputError: the messages have the wrong form; the template refuses them, or does more than
+                :mod:`mlx_diffgemma.templates` allows; or the checkpoint has no chat template.
         """
         return self._render(messages, tools, template_options | {"add_generation_prompt": add_generation_prompt}, markup=True)
 
@@ -227,11 +231,19 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         markup: bool = False,
+        media: Sequence[Media] = (),
         **template_options: Any,
     ) -> Steps[list[int]]:
-        """:meth:`chat` in steps."""
+        """:meth:`chat` in steps.
+
+        Args:
+            media: the images and videos of the messages, in order. Their markup takes the place of their parts.
+
+        Raises:
+            InputError: the template does not write one place per image and video, in order.
+        """
         options = template_options | {"add_generation_prompt": add_generation_prompt}
-        text = self._render(messages, tools, options, markup=markup)
+        text = with_media(self._render(messages, tools, options, markup=markup), media)
         yield
         return (yield from self.encode_steps(text, markup=True) if markup else self._pieces(text))
 
@@ -377,6 +389,24 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     return [_mapped(item, change) for item in value] if is_list(value) else value
+
+
+def with_media(text: str, media: Sequence[Media]) -> str:
+    """Put the markup of images and videos in their places ``<|image|>`` and ``<|video|>`` in a text.
+
+    Raises InputError unless the places are those of these images and videos, in order.
+    """
+    wanted, found = [IMAGE if isinstance(each, Picture) else VIDEO for each in media], _PLACE.findall(text)
+    if wanted != found:
+        for marker, medium, article in ((IMAGE, "image", "an image"), (VIDEO, "video", "a video")):
+            if found.count(marker) != wanted.count(marker):
+                raise InputError(
+                    f"the prompt has {counted(found.count(marker), f'place for {article}', f'places for {medium}s')}, but "
+                    f"{counted(wanted.count(marker), medium)} came with it"
+                )
+        raise InputError("the chat template puts the images and videos in another order; send them in the template's order")
+    parts = _PLACE.split(text)
+    return "".join([parts[0], *(each.markup + part for each, part in zip(media, parts[1:], strict=True))])
 
 
 def _piece_bytes(piece: str) -> bytes:

@@ -24,8 +24,6 @@ ITEMSIZE = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
-#: The types that both frameworks can read. MLX refuses a file that has any other type.
-READABLE = ITEMSIZE.keys() - {"F64"}
 
 # Bytes that are compared at a time.
 _PIECE = 8 << 20

@@ -17,8 +17,9 @@ import transformers
 from mlx_diffgemma.backends import NAMES, Backend, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
 from support.comparing import BACKENDS
-from support.reference import SHAPES, Reference, make_checkpoint
+from support.reference import PICTURE_SHAPES, SHAPES, Reference, make_checkpoint
 from support.scheduling import bench, clock  # noqa: F401 (fixtures)
+from support.verifying import sabotage  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)  # small models: threads cost more than they give
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -36,11 +37,14 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``checkpoint(shape, **tuning)``: the folder of a checkpoint of that name in SHAPES, made once; see make_checkpoint."""
+    """``checkpoint(shape, **tuning)``: the folder of a checkpoint of that name in SHAPES or PICTURE_SHAPES, made once.
+
+    For ``tuning`` see make_checkpoint.
+    """
 
     @functools.cache
     def make(shape: str, **tuning: Any) -> Path:
-        return make_checkpoint(tmp_path_factory.mktemp(shape), SHAPES[shape], **tuning)
+        return make_checkpoint(tmp_path_factory.mktemp(shape), {**SHAPES, **PICTURE_SHAPES}[shape], **tuning)
 
     return make
 
@@ -58,10 +62,10 @@ def reference(checkpoint: Callable[..., Path]) -> Callable[..., Reference]:
 
 @pytest.fixture(scope="session")
 def backend(checkpoint: Callable[..., Path]) -> Callable[..., Backend]:
-    """``backend(name, shape, dtype="float32", **tuning)``: that checkpoint in one of our backends."""
+    """``backend(name, shape, dtype="float32", image_mask=None, **tuning)``: that checkpoint in one of our backends."""
 
     @functools.cache
-    def load(name: str, shape: str, dtype: str = "float32", **tuning: Any) -> Backend:
-        return load_backend(Checkpoint.open(checkpoint(shape, **tuning)), name, dtype=dtype)
+    def load(name: str, shape: str, dtype: str = "float32", image_mask: str | None = None, **tuning: Any) -> Backend:
+        return load_backend(Checkpoint.open(checkpoint(shape, **tuning)), name, dtype=dtype, image_mask=image_mask)
 
     return load

@@ -67,6 +67,44 @@ def test_a_position_sees_those_before_it(backend_name: str, count: int, total: i
     assert_close(found, plain(*arrays, seen), 1e-4, f"{backend_name}, {count} of {total}, window {window}")
 
 
+#: Images among 700 queries: at the start, across ends of tiles, longer than a tile, of one token, at the end.
+IMAGES = ((0, 3), (5, 6), (QUERY_TILE - 2, QUERY_TILE + 1), (300, 300 + QUERY_TILE + 20), (590, 600), (640, 700))
+
+
+@pytest.mark.parametrize(
+    ("before", "window", "reach"),
+    [
+        *((0, None, reach) for reach in (1, 2, 9, 300, 2**24)),
+        *((8, 9, reach) for reach in (1, 2, 9, 300, 2**24)),
+        *((before, 300, reach) for before in (20, 299) for reach in (300, 2**24)),
+        *((before, None, 2**24) for before in (20, KEY_TILE - 100, KEY_TILE + 1)),
+    ],
+)
+def test_positions_of_one_image_see_each_other(backend_name: str, before: int, window: int | None, reach: int) -> None:
+    count = 700
+    arrays = random(count, before + count)
+    places, keys = np.arange(before, before + count)[:, None], np.arange(before + count)[None]
+    image = np.full(before + count, -1)
+    for index, (start, stop) in enumerate(IMAGES):
+        image[before + start : before + stop] = index
+    seen = (keys <= places) & (keys > places - (window or before + count))
+    seen |= (image[places] == image[keys]) & (image[keys] >= 0) & (abs(places - keys) < reach)
+    found = run(backend_name, "causal", arrays, window, IMAGES, reach)
+    expected = plain(*arrays, seen)
+    assert_close(found, expected, 1e-4, f"{backend_name}, {before} before, window {window}, reach {reach}")
+    text = run(backend_name, "causal", arrays, window)
+    assert (np.abs(text - expected).max() > 0.1) == (reach > 1), "images change nothing, or too much"
+    outside = np.array([not any(start <= place < stop for start, stop in IMAGES) for place in range(count)])
+    assert_close(text[:, :, outside], expected[:, :, outside], 1e-4, "queries outside images")
+
+
+@pytest.mark.parametrize(("count", "total"), [(QUERY_TILE, 600), (QUERY_TILE + 1, 600), (2 * QUERY_TILE + 5, KEY_TILE + 50)])
+def test_many_queries_see_everything(backend_name: str, count: int, total: int) -> None:
+    arrays = random(count, total)
+    expected = plain(*arrays, np.ones((1, total), bool))
+    assert_close(run(backend_name, "bidirectional", arrays), expected, 1e-4, f"{backend_name}, {count} over {total}")
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_way_on_cuda_is_the_same(masked: bool) -> None:
     """PyTorch's attention by groups, which CUDA needs, tested on the CPU."""

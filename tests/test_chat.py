@@ -23,6 +23,7 @@ from mlx_diffgemma import Content, Conversation, Reasoning, Reply, ToolCall, loa
 from mlx_diffgemma.cli import chat as chat_module
 from mlx_diffgemma.cli import main, repl
 from mlx_diffgemma.cli.live import printable
+from mlx_diffgemma.cli.options import Detail
 from mlx_diffgemma.pipeline import DiffusionGemma
 from support.checkpoints import edit_json, make_chat_checkpoint
 from support.screen import Screen
@@ -225,7 +226,7 @@ def test_there_is_nothing_yet(run: Callable[..., Result], command: str) -> None:
 def test_a_retry_that_fails_leaves_the_reply(run: Callable[..., Result], model: DiffusionGemma, tmp_path: Path) -> None:
     (reply,) = answers(Conversation(model), "Hi", seed=3)
     conversation = Conversation(model)
-    chat = chat_module.ChatSession(conversation, mode="diffusion", seed=3, sampler={})
+    chat = chat_module.ChatSession(conversation, mode="diffusion", seed=3, sampler={}, detail=Detail())
     file = tmp_path / "chat.json"
 
     def typed() -> Any:

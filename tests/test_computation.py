@@ -17,6 +17,7 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
 from mlx_diffgemma.config import CausalConfig, GenerationConfig
 from mlx_diffgemma.prefix_cache import hashes
+from mlx_diffgemma.prompts import PromptTokens
 from mlx_diffgemma.sampler import Block, Text, block_diffusion
 from support.checkpoints import make_chat_checkpoint
 from support.comparing import assert_close
@@ -221,7 +222,7 @@ def test_nothing_of_it_stays_in_the_prefix_cache(model: DiffusionGemma, monkeypa
     assert conversation.messages == messages, "the turn is removed"
     prompt = model.tokenizer.chat([*messages, {"role": "user", "content": "Why?"}])
     ids = np.array(prompt, np.int32)
-    assert kept.take(hashes(ids, model.piece_rule.boundaries(ids))) is None
+    assert kept.take(hashes(PromptTokens(ids), model.piece_rule.boundaries(ids))) is None
     assert len(kept) <= places
     backend.model = sound
     after = list(conversation.send("Why?", **options))[-1]

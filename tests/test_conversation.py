@@ -28,6 +28,7 @@ from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.demo.sudoku import fresh_puzzle
 from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.prompts import PromptTokens
 from mlx_diffgemma.settling import Front
 from mlx_diffgemma.writing import Generation, Writing, write
 from support.checkpoints import CANVAS, edit_json, make_chat_checkpoint
@@ -386,7 +387,7 @@ def test_markup_in_a_message_is_text(babbler: DiffusionGemma) -> None:
 def test_text_without_markup(chat_folder: Path) -> None:
     """Text that is not read as a reply keeps its markup."""
     model, _ = scripted(chat_folder, "a <|channel>thought\nb<turn|>")
-    context = read(model.backend, model.prompt_ids("Say", raw=True), model.piece_rule, PrefixCache())
+    context = read(model.backend, PromptTokens(model.prompt_ids("Say", raw=True)), model.piece_rule, PrefixCache())
     *events, result = write(model.backend, model.tokenizer, context, Writing(model.checkpoint.generation, seed=0))
     assert isinstance(result, Generation)
     assert result.text == "a <|channel>thought\nb"

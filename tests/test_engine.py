@@ -19,7 +19,7 @@ from mlx_diffgemma import DiffusionGemma, Draft, Generation, InputError, infill,
 from mlx_diffgemma.backends import Backend, Piece, Row
 from mlx_diffgemma.demo.sudoku import fresh_puzzle
 from mlx_diffgemma.prefix_cache import read
-from mlx_diffgemma.prompts import CHUNK, PieceRule, chunks
+from mlx_diffgemma.prompts import CHUNK, PieceRule, PromptTokens, chunks
 from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.scheduler.jobs import Busy, Cancelled, Finished
 from mlx_diffgemma.scheduler.limits import Limits
@@ -162,7 +162,7 @@ def test_a_long_prompt_takes_a_turn_a_piece(bench: Callable[..., Bench]) -> None
 
     def work() -> Iterator[Any]:
         backend, tokens = it.engine.model.backend, np.ones(length, np.int32)
-        context = read(backend, tokens, PieceRule(L))
+        context = read(backend, PromptTokens(tokens), PieceRule(L))
         yield context
         tokens = np.arange(length, dtype=np.int32) % V
         tokens[::CHUNK] = 1

@@ -293,16 +293,21 @@ def test_no_chat_template(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt",
+    ("prompt", "message"),
     [
-        [{"role": "user", "content": [{"type": "image", "url": "cat.png"}, {"type": "text", "text": "What is this?"}]}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}}]}],
-        [{"role": "user", "content": "<|image|>What is this?"}],
-        "<|image|>What is this?",
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "no.png"}, {"type": "text", "text": "Hm?"}]}],
+            "no.png: there is no such file",
+        ),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "no.png"}}]}], "no.png: there is no such file"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"messages\[0\]: the part with an image has no source"),
+        ([{"role": "user", "content": "<|image|>Hm?"}], "the prompt has 1 place for an image, but 0 images came with it"),
+        ("<|image|>Hm?", "the prompt has 1 place for an image, but 0 images came with it"),
+        ("<|image|><|video|>Hm?", "the prompt has 1 place for an image, but 0 images came with it"),
     ],
 )
-def test_images(model: DiffusionGemma, prompt: Any) -> None:
-    with pytest.raises(InputError, match=r"image.* not supported yet"):
+def test_images(model: DiffusionGemma, prompt: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         model.generate(prompt, markup=True)
 
 
@@ -312,9 +317,9 @@ def test_the_marker_of_an_image_is_text_unless_markup_is_read(model: DiffusionGe
     token = model.tokenizer.token_id("<|image|>")
     for raw in (False, True):
         assert token not in model.prompt_ids("<|image|>What is this?", raw=raw)
-        with pytest.raises(InputError, match="the prompt has an image, and images are not supported yet"):
+        with pytest.raises(InputError, match="the prompt has 1 place for an image, but 0 images came with it"):
             model.prompt_ids("<|image|>What is this?", raw=raw, markup=True)
-    with pytest.raises(InputError, match="the prompt has an image"):
+    with pytest.raises(InputError, match="the prompt has places for 1 image, but 0 images came with it"):
         model.generate([token])
 
 

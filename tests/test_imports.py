@@ -9,7 +9,7 @@ import pytest
 
 from mlx_diffgemma.cli import COMMANDS
 
-HEAVY = ("mlx", "torch", "transformers", "tokenizers", "huggingface_hub")
+HEAVY = ("mlx", "torch", "transformers", "tokenizers", "huggingface_hub", "av", "pillow_heif")
 
 LOAD_AND_RUN = """
 import numpy as np
@@ -33,7 +33,8 @@ def imported(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["", *(f".{name}" for name in ("cli", "config", "checkpoint", "noise", "errors", "reports.summary"))]
+    "module",
+    ["", *(f".{name}" for name in ("cli", "config", "checkpoint", "noise", "errors", "reports.summary", "vision.media"))],
 )
 def test_importing_imports_nothing_heavy(module: str) -> None:
     assert imported(f"import mlx_diffgemma{module}") == set()

@@ -19,6 +19,7 @@ from mlx_diffgemma.cli import main
 from mlx_diffgemma.cli.generate import TextView
 from mlx_diffgemma.cli.live import LiveView
 from mlx_diffgemma.prefix_cache import Context, read
+from mlx_diffgemma.prompts import PromptTokens
 from mlx_diffgemma.sampler import Text
 from mlx_diffgemma.tokenizer import Tokenizer
 from mlx_diffgemma.writing import Event, Writing, write
@@ -65,7 +66,7 @@ def test_generate_in_the_causal_mode(model: DiffusionGemma) -> None:
 
 
 def test_the_seconds_of_the_causal_mode_are_those_of_the_prompt_and_of_all_tokens(model: DiffusionGemma) -> None:
-    context = read(model.backend, model.prompt_ids("Why is the sky blue?"), model.piece_rule)
+    context = read(model.backend, PromptTokens(model.prompt_ids("Why is the sky blue?")), model.piece_rule)
     events = list(write(model.backend, model.tokenizer, context, Writing(CausalConfig(max_new_tokens=5), seed=3)))
     generation, tokens = events[-1], [event for event in events if isinstance(event, Token)]
     assert isinstance(generation, Generation)
@@ -99,7 +100,7 @@ def test_score_of_a_text(model: DiffusionGemma) -> None:
         (tokenizer.chat(question), {"prompt": "Why is the sky blue?"}),
         (tokenizer.chat(question), {"prompt": question}),
         (tokenizer.encode("Why?"), {"prompt": "Why?", "raw": True}),
-        ([7, 8, 9], {"prompt": [7, 8, 9]}),
+        ([17, 18, 19], {"prompt": [17, 18, 19]}),
         ([tokenizer.bos_token_id], {}),
     ):
         score = model.score(text, **options)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ The browser is Chromium, driven by playwright. If either is missing, the browser
 ``MLX_DIFFGEMMA_TEST_BROWSER`` is set, to the path of a browser or to 1, they fail instead.
 """
 
+import base64
 import fnmatch
 import json
 import os
@@ -13,7 +14,8 @@ import socket
 import threading
 import tomllib
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +23,11 @@ from typing import Any
 
 import pytest
 
+from mlx_diffgemma import load
+from mlx_diffgemma.server.app import PAGE as PAGE_FILES
+from support.checkpoints import SEEING_SHAPE, make_chat_checkpoint
 from support.comparing import BACKENDS
+from support.image_files import noise, saved
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "mlx_diffgemma" / "server" / "page"
@@ -48,8 +54,9 @@ def test_page_reads_no_text_as_markup_or_code() -> None:
     banned = (
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|\beval\b|\bFunction\(|srcdoc"
     )
-    assert not re.findall(banned, FILES["page.js"])
-    assert not re.findall(r"""setAttribute\(["'](?:on|style|href|src)""", FILES["page.js"])
+    for name in ("page.js", "pictures.js"):
+        assert not re.findall(banned, FILES[name])
+        assert not re.findall(r"""setAttribute\(["'](?:on|style|href|src)""", FILES[name])
     html = FILES["index.html"]
     assert not re.findall(r"<style|\sstyle=|\son\w+=|javascript:", html), "the Content-Security-Policy forbids these"
     assert re.findall(r"<script[^>]*>", html) == ['<script type="module" src="page.js">']
@@ -58,7 +65,8 @@ def test_page_reads_no_text_as_markup_or_code() -> None:
 
 def test_page_is_complete_and_packaged() -> None:
     referred = {name for name in re.findall(r'(?:src|href)="([^"]+)"', FILES["index.html"]) if not name.startswith("data:")}
-    assert referred | {"index.html"} == set(FILES)
+    imported = set(re.findall(r'^import .* from "\./([^"]+)";$', FILES["page.js"], re.MULTILINE))
+    assert referred | imported | {"index.html"} == set(FILES) == set(PAGE_FILES)
     ids = set(re.findall(r'\bid="([^"]+)"', FILES["index.html"]))
     asked = set(re.findall(r'\bat\("([^"]+)"\)', FILES["page.js"]))
     assert asked <= ids, f"the script asks for {asked - ids}"
@@ -181,26 +189,40 @@ def visit(browser: Any) -> Iterator[Callable[[str], Visit]]:
         assert [url for url in each.requests if not url.startswith((address, "data:"))] == []
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Run the real server with the boxed model; gives its address."""
+@contextmanager
+def served(model: Any, name: str) -> Iterator[str]:
+    """Run the real server with a model; gives its address."""
     import uvicorn
 
-    from mlx_diffgemma import load
     from mlx_diffgemma.scheduler.engine import Engine
     from mlx_diffgemma.server.app import create_app
     from mlx_diffgemma.server.settings import Settings
 
-    engine = Engine(load("sudoku", backend=BACKENDS[0]))
+    engine = Engine(model)
     engine.start()
     listening = socket.create_server(("127.0.0.1", 0))
-    serving = uvicorn.Server(uvicorn.Config(create_app(engine, Settings("sudoku")), log_level="warning"))
+    serving = uvicorn.Server(uvicorn.Config(create_app(engine, Settings(name)), log_level="warning"))
     thread = threading.Thread(target=serving.run, args=([listening],))
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
     serving.should_exit = True
     thread.join()
     engine.stop(10)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The boxed model."""
+    with served(load("sudoku", backend=BACKENDS[0]), "sudoku") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def seer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A model of random weights that reads images."""
+    folder = make_chat_checkpoint(tmp_path_factory.mktemp("seeing"), SEEING_SHAPE)
+    with served(load(folder, backend=BACKENDS[0]), "seer") as address:
+        yield address
 
 
 def test_canvas_is_denoised_and_replayed(visit: Callable[[str], Visit], server: str) -> None:
@@ -296,12 +318,13 @@ class Scripted:
         self.answers: list[Any] = []
         self.left = threading.Event()
         self.key: str | None = None
+        self.model: dict[str, Any] = {"id": "some/model"}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/v1/models":
-                    self.json(*outer.guarded(self.headers["Authorization"], {"data": [{"id": "some/model"}]}))
+                    self.json(*outer.guarded(self.headers["Authorization"], {"data": [outer.model]}))
                     return
                 name = self.path.strip("/") or "index.html"
                 self.whole(200, KINDS[Path(name).suffix], FILES[name].encode())
@@ -517,12 +540,125 @@ def test_stop_leaves_the_server(scripted: Scripted, visit: Callable[[str], Visit
     assert opened.complaints == []
 
 
+# ---- Images
+
+#: Drops, or pastes, files of names, types and base64 contents on an element.
+TRANSFER = """([selector, event, files]) => {
+    const data = new DataTransfer();
+    for (const [name, type, content] of files) {
+        const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
+        data.items.add(new File([bytes], name, { type }));
+    }
+    const options = { bubbles: true, cancelable: true };
+    const made = event === "paste"
+        ? new ClipboardEvent("paste", { ...options, clipboardData: data })
+        : new DragEvent(event, { ...options, dataTransfer: data });
+    return document.querySelector(selector).dispatchEvent(made);
+}"""
+
+PICTURES = {name: saved(noise(60, 80, seed=seed), "PNG") for seed, name in enumerate(("one.png", "two.png"))}
+
+
+def transfer(opened: Visit, event: str, names: Sequence[str], selector: str = "#cells", kind: str = "image/png") -> bool:
+    """Returns whether the browser would go on, and open the files itself."""
+    files = [(name, kind, base64.b64encode(PICTURES.get(name, b"a text")).decode()) for name in names]
+    return opened.page.evaluate(TRANSFER, [selector, event, files])
+
+
+def shown(opened: Visit, where: str = "#pictures") -> list[str]:
+    """The names of the images that are shown; each must be one that the browser could read."""
+    images = opened.page.eval_on_selector_all(
+        f"{where} img", "async (all) => { await Promise.all(all.map((i) => i.decode())); return all.map((i) => i.alt); }"
+    )
+    return list(images)
+
+
+def url_of(name: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(PICTURES[name]).decode()
+
+
+def test_images_are_dropped_pasted_and_chosen(scripted: Scripted, visit: Callable[[str], Visit], tmp_path: Path) -> None:
+    scripted.model["input_modalities"] = ["text", "image"]
+    scripted.answers = [(413, {"error": {"message": "the images are too large"}}), [says(content="Two squares."), DONE]]
+    scripted.answers.append([says(content="Yes."), DONE])
+    opened = visit(scripted.address)
+    page = opened.page
+    page.wait_for_selector("#add-picture", state="visible")
+    assert transfer(opened, "dragover", ["one.png"]) is False
+    assert page.query_selector("#prompt.dropping")
+    assert transfer(opened, "drop", ["one.png"]) is False, "the browser does not leave the page"
+    assert not page.query_selector("#prompt.dropping")
+    page.wait_for_selector("#pictures img")
+    (tmp_path / "two.png").write_bytes(PICTURES["two.png"])
+    for _ in range(2):  # the same file twice
+        page.set_input_files("#picture-files", tmp_path / "two.png")
+    page.wait_for_selector("#pictures li:nth-child(3)")
+    page.click("[aria-label='Remove two.png'] >> nth=0")
+    assert transfer(opened, "paste", ["one.png"], "#prompt") is False
+    page.wait_for_selector("#pictures li:nth-child(3)")
+    page.click("#pictures li:nth-child(3) button")
+    assert shown(opened) == ["one.png", "two.png"]
+
+    transfer(opened, "drop", ["notes.txt"], kind="text/plain")
+    page.wait_for_selector("#alert:text('notes.txt cannot be added: it is not an image')")
+    opened.ask("What are these?")
+    assert opened.text("#alert") == "the images are too large"
+    assert shown(opened) == ["one.png", "two.png"], "they come back with the prompt"
+    assert opened.page.input_value("#prompt") == "What are these?"
+    page.click("#start")
+    page.wait_for_selector(".answered .answer:text('Two squares.')")
+    opened.ended()
+    assert shown(opened) == []
+    assert shown(opened, ".yours") == ["one.png", "two.png"]
+    opened.ask("Really?")
+    images = [{"type": "image_url", "image_url": {"url": url_of(name)}} for name in ("one.png", "two.png")]
+    first = {"role": "user", "content": [*images, {"type": "text", "text": "What are these?"}]}
+    reply = {"role": "assistant", "content": "Two squares."}
+    sent = [body["messages"] for body, _ in scripted.questions]
+    assert sent == [[first], [first], [first, reply, {"role": "user", "content": "Really?"}]]
+    assert [complaint for complaint in opened.complaints if "413" not in complaint] == []
+
+
+def test_a_model_of_texts_takes_no_images(scripted: Scripted, visit: Callable[[str], Visit]) -> None:
+    opened = visit(scripted.address)
+    opened.page.wait_for_selector("#model:text('some/model')")
+    assert not opened.page.is_visible("#add-picture")
+    assert transfer(opened, "drop", ["one.png"]) is False
+    opened.page.wait_for_selector("#alert:text('This model reads text only.')")
+    assert shown(opened) == []
+    assert opened.complaints == []
+
+
+def test_an_image_reaches_the_model(visit: Callable[[str], Visit], seer: str) -> None:
+    opened = visit(seer)
+    page = opened.page
+    page.wait_for_selector("#add-picture", state="visible")
+    transfer(opened, "drop", ["one.png"], selector="body")
+    page.wait_for_selector("#pictures img")
+    page.click("summary")
+    page.fill("#seed", "5")
+    page.fill("#max-tokens", "8")
+    opened.ask("What is this?")
+    image = {"type": "image_url", "image_url": {"url": url_of("one.png")}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}]
+    answer = post(seer, {"messages": messages, "seed": 5, "max_tokens": 8})
+    assert opened.text(".answered .answer") == answer["choices"][0]["message"]["content"] != ""
+    assert f"prompt tokens{answer['usage']['prompt_tokens']}" in opened.text("#figures")
+    assert shown(opened, ".yours") == ["one.png"]
+    assert opened.complaints == []
+
+
 @pytest.mark.parametrize("width", [380, 1200])
 def test_nothing_sticks_out(scripted: Scripted, visit: Callable[[str], Visit], width: int) -> None:
+    scripted.model["input_modalities"] = ["text", "image"]
     cells = [" word" * (place % 3 + 1) for place in range(256)]
     scripted.answers = [[draft(0, 1, cells, [0.1] * 256, [0] * 256), says(content="x" * 500), DONE]]
     opened = visit(scripted.address)
     opened.page.set_viewport_size({"width": width, "height": 800})
+    opened.page.wait_for_selector("#add-picture", state="visible")
+    transfer(opened, "drop", ["one.png", "two.png"] * 10)
+    opened.page.wait_for_selector("#pictures li:nth-child(20)")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     opened.page.click("summary")
     opened.ask("y" * 300)
     assert len(opened.canvas()) == 256

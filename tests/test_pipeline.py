@@ -13,6 +13,7 @@ from mlx_diffgemma import Block, Content, DiffusionGemma, Draft, Generation, Inp
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.prefix_cache import read
+from mlx_diffgemma.prompts import PromptTokens
 from mlx_diffgemma.writing import Writing, write
 from support.checkpoints import VOCAB_SIZE, make_chat_checkpoint
 from support.comparing import BACKENDS
@@ -92,7 +93,7 @@ def test_an_end_token_behind_the_cut_does_not_count(fake: Callable[..., Diffusio
 def test_statistics_add_up(fake: Callable[..., DiffusionGemma]) -> None:
     """The totals include the blocks and the prompt, which takes 2.5 seconds here."""
     model = fake([[20] * L, [20] * L, [21, 22, END, 0, 0, 0]])
-    context = replace(read(model.backend, model.prompt_ids([5, 6, 7]), model.piece_rule), encode_seconds=2.5)
+    context = replace(read(model.backend, PromptTokens(model.prompt_ids([5, 6, 7])), model.piece_rule), encode_seconds=2.5)
     writing = Writing(model.checkpoint.generation.replace(max_new_tokens=4 * L), seed=0)
     events = list(write(model.backend, model.tokenizer, context, writing))
     blocks, drafts = ([e for e in events if isinstance(e, kind)] for kind in (Block, Draft))

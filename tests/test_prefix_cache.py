@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_diffgemma.backends import Backend, Piece, Row
 from mlx_diffgemma.prefix_cache import Context, PrefixCache, hashes, read, settle
-from mlx_diffgemma.prompts import PieceRule
+from mlx_diffgemma.prompts import PieceRule, PromptTokens
 from support.fake import FakeBackend, FakeCache
 
 LoadBackend = Callable[..., Backend]
@@ -26,6 +26,10 @@ RULE = PieceRule(CANVAS, (END,), ((START,),))
 
 def ids_of(tokens: Sequence[int]) -> NDArray[np.int32]:
     return np.array(tokens, np.int32)
+
+
+def prompt_of(tokens: Sequence[int]) -> PromptTokens:
+    return PromptTokens(ids_of(tokens))
 
 
 # --- on real backends
@@ -88,7 +92,7 @@ def test_what_is_found_is_what_encoding_afresh_gives(backend: LoadBackend, backe
     canvas, text = random_tokens(loaded, length, seed=1), [2]
     for turn, count in enumerate((2 * length + 1, 3 * length, length - 1)):
         text += [*random_tokens(loaded, 15, seed=10 + turn).tolist(), END, START]
-        warm, cold = read(loaded, ids_of(text), rule, kept), read(loaded, ids_of(text), rule)
+        warm, cold = read(loaded, prompt_of(text), rule, kept), read(loaded, prompt_of(text), rule)
         assert (warm.cached_tokens > 0) == (turn > 0)
         assert cold.cached_tokens == 0
         for actual, expected in zip(after(loaded, warm.cache, canvas), after(loaded, cold.cache, canvas), strict=True):
@@ -131,8 +135,8 @@ class PieceBackend(FakeBackend):
 def read_ids(kept: PrefixCache, ids: Sequence[int]) -> tuple[Context, list[list[int]]]:
     """The context of a prompt and the pieces encoded for it. Asserts that reading it without a cache gives the same."""
     backend = PieceBackend()
-    context = read(backend, ids_of(ids), RULE, kept)
-    cold = read(PieceBackend(), ids_of(ids), RULE)
+    context = read(backend, prompt_of(ids), RULE, kept)
+    cold = read(PieceBackend(), prompt_of(ids), RULE)
     assert list(context.cache) == list(ids), "the cache holds the prompt"
     assert context.cache.pieces == cold.cache.pieces, "in other pieces than those of reading afresh"
     assert (context.cuts, cold.cached_tokens) == (cold.cuts, 0)
@@ -346,15 +350,15 @@ def single(number: int, size: int = 10) -> Shared:
 
 def chain(*tokens: int) -> list[bytes]:
     """Hashes of a text with one token per piece."""
-    return hashes(ids_of(tokens), range(1, len(tokens) + 1))
+    return hashes(prompt_of(tokens), range(1, len(tokens) + 1))
 
 
 def test_hashes_tell_texts_and_their_pieces_apart() -> None:
     texts = [([1, 2, 3], [3]), ([1, 2, 3], [1, 3]), ([1, 2, 3], [2, 3]), ([1, 2, 3], [1, 2, 3]), ([1, 2], [2]), ([0, 1, 2], [3])]
-    ends = [hashes(ids_of(tokens), cuts)[-1] for tokens, cuts in texts]
+    ends = [hashes(prompt_of(tokens), cuts)[-1] for tokens, cuts in texts]
     assert len(set(ends)) == len(texts)
     assert chain(1, 2, 3)[:2] == chain(1, 2, 4)[:2]
-    assert hashes(ids_of([]), []) == []
+    assert hashes(prompt_of([]), []) == []
 
 
 def test_what_is_kept_is_bounded() -> None:
@@ -549,19 +553,19 @@ def test_keeping_and_taking_touch_no_other_cache(count: int) -> None:
 
 def test_another_salt_finds_nothing() -> None:
     """Whoever sees how much of a prompt was cached learns nothing about prompts with another salt."""
-    backend, kept, tokens = FakeBackend(), PrefixCache(), ids_of([1, 2, 3, END, 4, 5])
+    backend, kept, tokens = FakeBackend(), PrefixCache(), prompt_of([1, 2, 3, END, 4, 5])
     for salt in ("", "a", "b"):
         assert read(backend, tokens, RULE, kept, salt=salt).cached_tokens == 0, salt
         context = read(backend, tokens, RULE, kept, salt=salt)
         assert (context.cached_tokens, context.salt) == (6, salt)
         backend.encode([Piece(ids_of([6, END]), context.cache)])
         settle(backend, context, [6, END], RULE, kept, step=2)
-        assert read(backend, ids_of([1, 2, 3, END, 4, 5, 6, END, 7]), RULE, kept, salt=salt).cached_tokens > 6, salt
+        assert read(backend, prompt_of([1, 2, 3, END, 4, 5, 6, END, 7]), RULE, kept, salt=salt).cached_tokens > 6, salt
     assert len(set(map(tuple, (hashes(tokens, [6], salt) for salt in ("", "a", "b"))))) == 3
 
 
 def test_a_text_whose_keys_may_be_wrong_is_forgotten() -> None:
-    backend, kept, good, bad = FakeBackend(), PrefixCache(), ids_of([1, 2, END, 3]), ids_of([4, 5, END, 6])
+    backend, kept, good, bad = FakeBackend(), PrefixCache(), prompt_of([1, 2, END, 3]), prompt_of([4, 5, END, 6])
     contexts = [read(backend, tokens, RULE, kept) for tokens in (good, bad)]
     places, size = len(kept), kept.nbytes
     kept.forget(contexts[1])

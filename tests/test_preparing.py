@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from time import thread_time
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_preparation_goes_round_the_clients(bench: Callable[..., Bench]) -> None
     assert [inbox.error for inbox in inboxes] == [None] * 4
     assert prompts.done[:6] == [1, 4, 1, 4, 1, 4]
     assert Counter(prompts.done) == {1: 20, 2: 20, 3: 20, 4: 3}
+
+
+def test_a_step_that_takes_long_counts_as_several(bench: Callable[..., Bench]) -> None:
+    """A client whose steps decode large images delays all steps of another's text by one of its own."""
+    it = bench(parallel=8)
+    prompts = Prompts(it)
+
+    def work(token: int) -> None:
+        until = thread_time() + (0.5 if token == 1 else 0)
+        while thread_time() < until:
+            pass
+
+    prompts.during = work
+    inboxes = [prompts.submit(1, "a", 3)[1], prompts.submit(2, "b", 4)[1]]
+    it.engine.start()
+    assert [inbox.error for inbox in inboxes] == [None] * 2
+    assert prompts.done == [1, 2, 2, 2, 2, 1, 1]
 
 
 def test_the_model_goes_on_meanwhile(bench: Callable[..., Bench]) -> None:

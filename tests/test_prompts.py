@@ -1,6 +1,7 @@
 """Where texts are cut: against a plain loop, and independent of later tokens; and the markers read from a chat template."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma.checkpoint import Checkpoint
-from mlx_diffgemma.prompts import CHUNK, PieceRule, chunks
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.prompts import CHUNK, MOST_SOFT_TOKENS, PieceRule, chunks, place_images
 from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.vision.patches import Patches
 from support.tiny_tokenizer import CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE, write_tokenizer
 
 # --- pieces
 
-WORD, END, OTHER_END, TURN, MODEL = range(5)
+WORD, END, OTHER_END, TURN, MODEL, SOFT = range(6)
 
 #: Starts that overlap, that contain an end token, and that end with one.
 STARTS = [(), ((TURN, MODEL),), ((TURN, MODEL), (MODEL,)), ((TURN, TURN), (TURN, MODEL, TURN)), ((END, MODEL), (MODEL, END))]
@@ -28,6 +31,7 @@ rules = st.builds(
     canvas_length=st.sampled_from(CANVASES),
     ends=st.sampled_from([(), (END,), (END, OTHER_END)]),
     starts=st.sampled_from(STARTS),
+    soft=st.sampled_from([(), (SOFT,)]),
 )
 #: Stretches of words, many of which end at or next to a cut; markers that begin and end replies; and any tokens.
 words = st.builds(
@@ -36,8 +40,10 @@ words = st.builds(
     count=st.integers(0, 2),
     more=st.integers(-1, 1),
 )
+#: The soft tokens of an image. No image has more than MOST_SOFT_TOKENS, but a hostile prompt may have more.
+images = st.builds(lambda count: [SOFT] * count, st.integers(1, 3) | st.integers(MOST_SOFT_TOKENS - 2, MOST_SOFT_TOKENS + 2))
 marks = st.sampled_from([[END], [OTHER_END], *([*start] for starts in STARTS for start in starts)])
-texts = st.lists(words | marks | st.lists(st.integers(WORD, MODEL), max_size=4), max_size=8).map(
+texts = st.lists(words | marks | images | st.lists(st.integers(WORD, MODEL), max_size=4), max_size=8).map(
     lambda parts: np.array([token for part in parts for token in part], np.int32)
 )
 many = settings(max_examples=200, deadline=None)
@@ -51,7 +57,8 @@ def cut_one_by_one(rule: PieceRule, ids: Sequence[int]) -> list[int]:
         ends = ids[place - 1] in rule.ends
         if begins or ends:
             step = rule.canvas_length if begins else CHUNK
-        if begins or ends or place - begin == step:
+        inside = ids[place - 1] in rule.soft and place - begin < step + MOST_SOFT_TOKENS
+        if begins or ends or (place - begin >= step and not inside):
             cuts.append(place)
             begin = place
     return cuts
@@ -63,6 +70,30 @@ def test_boundaries_are_those_of_reading_one_id_after_the_other(rule: PieceRule,
     certain = cut_one_by_one(rule, ids.tolist())
     assert rule.is_boundary(ids) == (len(ids) in certain)
     assert rule.boundaries(ids) == sorted({*certain, *([len(ids)] if len(ids) else [])})
+
+
+@given(rule=rules, ids=texts)
+@many
+def test_no_piece_ends_within_an_image(rule: PieceRule, ids: Any) -> None:
+    rule = replace(rule, soft=(SOFT,))
+    for cut in rule.boundaries(ids)[:-1]:
+        run = len(ids[:cut]) - len(bytes(ids[:cut].astype(np.uint8)).rstrip(bytes([SOFT])))
+        assert not run or run >= MOST_SOFT_TOKENS or ids[cut] != SOFT, f"{cut} comes after {run} soft tokens of an image"
+
+
+def test_images_are_placed_at_their_soft_tokens() -> None:
+    one, two = (Patches(np.zeros((count, 3), np.uint8), count, 1, count) for count in (2, 3))
+    ids = np.array([SOFT, SOFT, WORD, SOFT, SOFT, SOFT], np.int32)
+    placed = place_images(ids, [one, two], (SOFT,))
+    assert [(image.start, image.stop, image.patches) for image in placed.images] == [(0, 2, one), (3, 6, two)]
+    assert place_images(ids[2:3], [], (SOFT,)).images == ()
+    for images, message in (
+        ([], "places for 2 images, but 0 images came with it"),
+        ([one], "places for 2 images, but 1 image came with it"),
+        ([two, one], "image 1 has 3 soft tokens, but its place in the prompt has 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            place_images(ids, images, (SOFT,))
 
 
 @given(rule=rules, ids=texts, behind=texts, other=texts)
@@ -82,7 +113,8 @@ def test_pieces_make_up_the_text_and_none_is_too_long(rule: PieceRule, ids: Any)
     cuts = [0, *rule.boundaries(ids)]
     assert cuts == sorted(set(cuts))
     assert cuts[-1] == len(ids)
-    assert all(end - start <= max(CHUNK, rule.canvas_length) for start, end in pairwise(cuts))
+    longest = max(CHUNK, rule.canvas_length) + (MOST_SOFT_TOKENS if rule.soft else 0)
+    assert all(end - start <= longest for start, end in pairwise(cuts))
 
 
 @given(rule=rules, ids=texts)

@@ -21,6 +21,7 @@ from mlx_diffgemma.cli.revise import unified_diff
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.editing.proofreading import second_look
 from mlx_diffgemma.editing.revising import Original, check_spans, rewrite
+from mlx_diffgemma.prompts import PromptTokens
 from support.checkpoints import CANVAS, make_chat_checkpoint
 from support.comparing import assert_close
 from support.fake import FakeBackend, L, V, full
@@ -60,7 +61,7 @@ def test_as_many_are_replaced_as_the_strength_says_whatever_takes_their_place() 
 
 def original(draft: NDArray[np.int32], *kept: int) -> Original:
     """A draft whose tokens at some places are kept."""
-    return Original(PROMPT, draft, np.isin(np.arange(len(draft)), kept))
+    return Original(PromptTokens(PROMPT), draft, np.isin(np.arange(len(draft)), kept))
 
 
 def test_the_first_canvases_are_the_draft_with_noise_in_it() -> None:
@@ -144,7 +145,7 @@ def test_markup_in_a_text_is_plain_text_unless_it_is_asked_for(model: DiffusionG
 def test_proofread_asks_both_halves_of_the_model(backend: Callable[..., Backend], backend_name: str) -> None:
     ours = backend(backend_name, "base")
     prompt, tokens, ending = np.array([9, 8, 7], np.int32), np.arange(20, 31, dtype=np.int32), (1, 0)
-    argmax, canvas_logprobs, causal_logprobs = second_look(ours, prompt, tokens, CONFIG, ending=ending)
+    argmax, canvas_logprobs, causal_logprobs = second_look(ours, PromptTokens(prompt), tokens, CONFIG, ending=ending)
 
     def logprobs(logits: Any, ids: Any) -> Any:
         wide = np.asarray(logits, np.float64)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mlx_diffgemma import Conversation, DiffusionGemma, PrefixCache, Reply, load
 from mlx_diffgemma.backends import Row
 from mlx_diffgemma.prefix_cache import Context, read
+from mlx_diffgemma.prompts import PromptTokens
 from support.checkpoints import CANVAS, CONTEXT, make_chat_checkpoint
 from support.tiny_tokenizer import OLDER_CHAT_TEMPLATE
 
@@ -115,8 +116,10 @@ def converse(model: DiffusionGemma, seed: int, kept: PrefixCache, seen: Warmth) 
             chat.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
             message = {"role": "tool", "tool_call_id": "call_0", "content": random_text(random)}
         given = options(random)
-        ids = model.prompt_ids(
-            chat.model.tokenizer.chat([*chat._all(), *as_messages(message)], tools=tools, enable_thinking=chat.thinking)
+        ids = PromptTokens(
+            model.prompt_ids(
+                chat.model.tokenizer.chat([*chat._all(), *as_messages(message)], tools=tools, enable_thinking=chat.thinking)
+            )
         )
         if len(ids) > CONTEXT - 4 * CANVAS:
             return

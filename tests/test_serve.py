@@ -212,6 +212,11 @@ def test_a_server_for_other_machines(folder: Path, tmp_path: Path) -> None:
             "--max-body 'much' is not a size; write a number of bytes, or a size such as 4GiB (powers of 1,024) or 5GB "
             "(powers of 1,000)",
         ),
+        (
+            ["--allow-image-urls", "*"],
+            "--allow-image-urls '*' is not a host name; write one such as images.example.com, or *.exam",
+        ),
+        (["--allow-image-urls", "https://a.example"], "--allow-image-urls 'https://a.example' is not a host name"),
         (["--batch", "quick"], "'quick' is not one of 'exact', 'fast'"),
     ],
 )
@@ -242,7 +247,7 @@ def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_sizes() -> None:
     sizes = {"1MiB": 2**20, "4 GiB": 2**32, "512": 512, "3k": 3000, "2gb": 2 * 10**9, "0.5MiB": 2**19, "7B": 7}
-    for option in ("max_body", "cache_memory"):
+    for option in ("max_body", "max_image_bytes", "request_memory", "cache_memory"):
         kind = next(parameter.type for parameter in serve.params if parameter.name == option)
         assert {written: kind.convert(written, None, None) for written in sizes} == sizes
 

@@ -45,7 +45,7 @@ def solver(backend_name: str) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def babbler(chat_folder: Path) -> Iterator[Served]:
     """Random weights."""
-    with serving(load(chat_folder), parallel=4, queue=64, max_body=20_000, max_tokens=16) as served:
+    with serving(load(chat_folder), parallel=4, queue=64, max_body=20_000, max_image_bytes=0, max_tokens=16) as served:
         yield served
 
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.server.clients import Keys, Proxies, client_name, read_keys
+from mlx_diffgemma.server.memory import RequestMemory
 from mlx_diffgemma.server.middleware import Guarded
 from support.checkpoints import make_chat_checkpoint
 from support.serving import Writer, serving
@@ -65,7 +66,7 @@ async def _state(proxies: Proxies, keys: dict[str, str], **headers: str) -> tupl
     async def app(scope, receive, send):  # type: ignore[no-untyped-def]
         await (await told(Request(scope)))(scope, receive, send)
 
-    guarded = Guarded(app, Keys(keys), proxies, (), ())
+    guarded = Guarded(app, Keys(keys), proxies, (), (), RequestMemory(0))
     transport = httpx.ASGITransport(guarded, client=("10.0.0.1", 1))
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         response = await client.get("/", headers={name.replace("_", "-"): value for name, value in headers.items()})

@@ -1,5 +1,6 @@
 """The server responds to whatever a client sends. Errors are the client's: never a 500, and never no response."""
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma import load
-from support.checkpoints import make_chat_checkpoint
+from support.checkpoints import SEEING_SHAPE, make_chat_checkpoint
+from support.image_files import noise, saved
 from support.serving import SECONDS, serving
 
 PATHS = ("chat/completions", "completions", "infill")
@@ -22,7 +24,18 @@ _WILD = st.recursive(
     max_leaves=8,
 )
 _TEXT = st.text(max_size=12) | st.sampled_from(["Hi", "<|turn>model\n", "<|channel>thought\n", '<|"|>', "<tool_call|>"])
-_PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, _TEXT), max_size=2)
+_PICTURE = base64.b64encode(saved(noise(8, 8), "PNG")).decode()
+_URL = st.sampled_from([f"data:image/png;base64,{_PICTURE}", "data:image/png;base64,AAAA", "http://localhost/", "data:", ""])
+_IMAGE = st.one_of(
+    st.builds(lambda url, how: {"type": "image_url", "image_url": {"url": url, "detail": how}}, _URL, st.just("low") | _WILD),
+    st.builds(
+        lambda kind, name, value: {"type": kind, name: value},
+        st.sampled_from(["image_url", "input_image", "image", "video_url", "video", "input_audio", "file"]),
+        st.sampled_from(["image_url", "image", "source", "url", "data", "base64", "video_url", "detail"]),
+        _URL | st.just(_PICTURE) | _WILD,
+    ),
+)
+_PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, _TEXT) | _IMAGE, max_size=2)
 _ARGUMENTS = st.dictionaries(_TEXT, _WILD.filter(lambda value: "Infinity" not in json.dumps(value)), max_size=2).map(
     lambda arguments: json.dumps(arguments).replace("NaN", "0")
 )
@@ -89,7 +102,7 @@ _EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=[Hea
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = make_chat_checkpoint(tmp_path_factory.mktemp("chat"))
+    folder = make_chat_checkpoint(tmp_path_factory.mktemp("chat"), SEEING_SHAPE)
     with (
         serving(load(folder), queue=64, max_tokens=16, cache_memory=1 << 20) as served,
         httpx.Client(base_url=f"{served.url}/v1/", timeout=SECONDS) as connected,

@@ -103,7 +103,7 @@ def test_infills() -> None:
         ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role", "'assistant' or 'tool'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "a string or a list of parts"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "images are not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "must have the form"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content", "a string as its text"),
         ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "only the assistant"),
         ({"messages": [USER, {"role": "tool", "tool_call_id": "b", "content": ""}]}, "messages[1].tool_call_id", "no tool call"),

@@ -15,16 +15,21 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Backend
+from mlx_diffgemma.backends import Backend, check_patches
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
-from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.reports.speed import Spread, bench
+from mlx_diffgemma.reports import speed
+from mlx_diffgemma.reports.speed import ImageSpeed, Spread, bench
 from mlx_diffgemma.sampler import Block, Text, block_diffusion
 from support.fake import FakeBackend, full
 
 Folder = Callable[..., Path]
+
+
+#: What the causal pass reads, by its tokens.
+KINDS = {30: "prompt", 8: "canvas", 1: "token", 140: "read 140", 280: "read 280", 1120: "read 1120"}
 
 
 @dataclass
@@ -41,8 +46,12 @@ class Clock:
     def during(self, method: str, parts: Sequence[Any]) -> None:
         if method == "next_logits":
             return
-        kind = method if method == "denoise" else {30: "prompt", 8: "canvas", 1: "token"}[len(parts[0].tokens)]
+        if method == "see":
+            kind = f"see {parts[0].soft_tokens}"
+        else:
+            kind = method if method == "denoise" else KINDS[len(parts[0].tokens)]
         known = {"prompt": 2.0 + self.passes.count(kind) % 2, "canvas": 1.5, "token": 0.25, "denoise": 0.5}
+        known |= {"see 280": 3.0, "read 280": 4.0, "see 1120": 5.0, "read 1120": 6.0, "see 140": 7.0, "read 140": 8.0}
         self.now += known[kind] if kind in self.passes else 100.0
         self.passes.append(kind)
 
@@ -54,15 +63,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
+def timed(config: ModelConfig, clock: Clock) -> FakeBackend:
+    """A backend that takes known times on that clock, and whose canvases never settle."""
+    return FakeBackend(lambda asked: full(asked.canvas, 1.0, width=len(asked.canvas)), config, during=clock.during, peak=12345)
+
+
 @pytest.fixture
 def clocked(checkpoint: Folder, clock: Clock) -> FakeBackend:
-    """A backend that takes known times on that clock, and whose canvases never settle."""
-    return FakeBackend(
-        lambda asked: full(asked.canvas, 1.0, width=len(asked.canvas)),
-        Checkpoint.open(checkpoint("base")).config,
-        during=clock.during,
-        peak=12345,
-    )
+    """That backend for a checkpoint that reads text only."""
+    return timed(dataclasses.replace(Checkpoint.open(checkpoint("base")).config, vision=None), clock)
 
 
 def test_warmup_does_not_count(clocked: FakeBackend, clock: Clock) -> None:
@@ -81,6 +90,46 @@ def test_warmup_does_not_count(clocked: FakeBackend, clock: Clock) -> None:
     assert (result.text.new_tokens, result.text.denoising_steps) == (12, (3, 3)), "an end token ended the text"
     assert result.text.denoise_seconds == 6 * 0.5
     assert (result.peak_device_memory, result.canvas_length, result.prompt_length) == (12345, 8, 30)
+    assert result.images == ()
+
+
+def test_images(checkpoint: Folder, clock: Clock) -> None:
+    """Two budgets, each in its own passes after all others, and each warmed up."""
+    config = Checkpoint.open(checkpoint("pictures")).config
+    seeing, text = timed(config, clock), GenerationConfig(max_new_tokens=1, max_denoising_steps=1)
+    result = bench(seeing, text, prompt_length=30, repeats=2, warmup=1)
+    assert clock.passes[-12:] == ["see 280", "read 280"] * 3 + ["see 1120", "read 1120"] * 3
+    assert result.images == (
+        ImageSpeed(280, 280 * 9, Spread(3.0, 3.0, 3.0), Spread(4.0, 4.0, 4.0)),
+        ImageSpeed(1120, 1120 * 9, Spread(5.0, 5.0, 5.0), Spread(6.0, 6.0, 6.0)),
+    )
+    seen = len(clock.passes)
+    assert bench(seeing, text, prompt_length=30, repeats=2, warmup=1, images=False).images == ()
+    assert not any("see" in each for each in clock.passes[seen:])
+
+
+@pytest.mark.parametrize(
+    ("context", "side", "own", "budgets"),
+    [
+        (4096, 200, 280, [280, 1120]),
+        (4096, 200, 1120, [1120]),
+        (1127, 200, 140, [140, 560]),  # one less than 1,120 and a canvas of 8
+        (1128, 200, 140, [140, 1120]),
+        (4096, 62, 280, [280]),  # 28 columns of 3 patches would be 84
+        (150, 200, 280, [140]),
+        (60, 200, 280, []),
+    ],
+)
+def test_budgets_of_images(checkpoint: Folder, clock: Clock, context: int, side: int, own: int, budgets: list[int]) -> None:
+    """The checkpoint's own and the largest that fits its context and the sides of its tower."""
+    config = Checkpoint.open(checkpoint("pictures")).config
+    assert config.vision is not None
+    vision = dataclasses.replace(config.vision, position_embedding_size=side, soft_tokens=own)
+    seeing = timed(dataclasses.replace(config, max_position_embeddings=context, vision=vision), clock)
+    images = speed._random_images(seeing.config, 0)
+    assert [image.soft_tokens for image in images] == budgets
+    for image in images:
+        check_patches(image, vision)
 
 
 def test_without_warmup_the_first_run_counts(clocked: FakeBackend) -> None:
@@ -149,7 +198,9 @@ def test_json_of_the_command(checkpoint: Folder, backend: Callable[..., Backend]
     assert result["text"]["tokens_per_forward"] == pytest.approx(12 / sum(steps))
     seconds = result["text"]["encode_seconds"] + result["text"]["denoise_seconds"]
     assert result["text"]["tokens_per_second"] == pytest.approx(12 / seconds)
-    for spread in (result["prefill"], result["step"], result["commit"], result["token"]):
+    [image] = result["images"]  # 560 do not fit the context of 512
+    assert (image["soft_tokens"], image["patches"]) == (280, 280)
+    for spread in (*(result[name] for name in ("prefill", "step", "commit", "token")), image["tower"], image["encode"]):
         assert 0 < spread["least"] <= spread["median"] <= spread["most"]
     assert [choice["tokens_per_forward"] for choice in result["choices"]] == [1, 4]
     for choice in result["choices"]:
@@ -164,10 +215,10 @@ def test_json_of_the_command(checkpoint: Folder, backend: Callable[..., Backend]
         "repeats": 3,
         "seed": 5,
     }
-    weights = (folder / "model.safetensors").stat().st_size
+    weights = Checkpoint.open(folder).nbytes
     assert result["peak_rss"] > weights
     held = result["peak_device_memory"]
-    assert held is None or held > weights / 2  # the vision tower is not loaded
+    assert held is None or held > weights
     machine = result["machine"]
     assert machine["cpu"]
     assert machine["python"] == platform.python_version()
@@ -186,6 +237,11 @@ def test_text_of_the_command(checkpoint: Folder, backend_name: str) -> None:
     assert rows["denoising steps per block"] == "2.0"
     assert float(rows["prompt of 9, tokens/s"]) > 0
     assert float(rows["causal token, s"]) > 0
+    assert float(rows["image of 280 tokens, vision tower, s"]) > 0
+    assert float(rows["image of 280 tokens, causal pass, s"]) > 0
+    without = CliRunner().invoke(main, ["bench", str(checkpoint("base")), "--backend", backend_name, *arguments, "--no-images"])
+    assert without.exit_code == 0
+    assert "image" not in without.stdout
     assert run.stdout.splitlines()[-3].split("  ")[0] == "tokens per forward"
     assert [line.split()[0] for line in run.stdout.splitlines()[-2:]] == ["1", "4"]
 

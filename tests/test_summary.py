@@ -1,19 +1,26 @@
 """The summary of a checkpoint, against known facts about the released ones."""
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from mlx_diffgemma.backends import Piece, Row, load_backend
 from mlx_diffgemma.backends.memory import LOGITS_AT_ONCE
 from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, graph_name, part_of
+from mlx_diffgemma.cli import main
 from mlx_diffgemma.convert import Plan, make_recipe
-from mlx_diffgemma.errors import InputError
-from mlx_diffgemma.reports.summary import summarize
+from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.reports.summary import Images, summarize
 from support.checkpoints import HUB, make_hub_layout
+from support.pictures import random_picture
 from support.real_layout import stored_tensors, total_bytes
 
 #: Billions of parameters of the released model, and of all stored tensors, counted from its headers.
@@ -28,6 +35,13 @@ BILLIONS = {
     "norms and scales": 0.001,
 }
 STORED = 25_823_781_228
+
+
+def info(folder: Path, *arguments: str) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(main, ["info", str(folder), *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +87,7 @@ def test_memory(hub: Callable[[str], Path]) -> None:
         return summarize(Checkpoint.open(hub(layout)), context).memory[dtype]
 
     plain = memory("hub_bf16", "bfloat16", 10_000)
-    vision = 2 * summarize(Checkpoint.open(hub("hub_bf16"))).parts[PARTS.index("vision")].parameters
-    assert plain.weights == total_bytes(HUB["hub_bf16"]) - vision
+    assert plain.weights == total_bytes(HUB["hub_bf16"])
     assert memory("hub_bf16", "float32", 10_000).weights == 2 * plain.weights
     # Keys and values in BF16: 5 full layers of 2 heads of 512, 25 sliding ones of 8 heads of 256 in windows of 1,024.
     assert plain.cache_per_token == 2 * 2 * 5 * 2 * 512
@@ -90,7 +103,48 @@ def test_memory(hub: Callable[[str], Path]) -> None:
     assert plain.total == plain.weights + plain.cache + plain.workspace
 
     packed, wide = (memory("hub_4bit", dtype, 10_000) for dtype in ("bfloat16", "float32"))
-    assert 0 < wide.weights - packed.weights == 2 * 703_292, "what is packed stays as it is; norms and scales are widened"
+    unpacked = {"norms and scales": 703_292, "vision tower": 569_550_384}
+    assert 0 < wide.weights - packed.weights == 2 * sum(unpacked.values()), "what is packed stays as it is; the rest is widened"
+
+
+def test_images(hub: Callable[[str], Path]) -> None:
+    for layout, projection in (("hub_bf16", "BF16"), ("hub_4bit", "affine 4-bit, groups of 64")):
+        folder = hub(layout)
+        images = summarize(Checkpoint.open(folder)).images
+        features = {"float32": 280 * 2816 * 4, "bfloat16": 280 * 2816 * 2}
+        assert images == Images(27, 280, (70, 140, 280, 560, 1120), projection, features)
+        shown = info(folder)
+        assert "images        up to 280 tokens each; with --image-tokens 70, 140, 280, 560 or 1,120\n" in shown
+        assert f"vision tower  27 layers; projection {projection}\n" in shown
+        assert re.search(r"\nfeatures of an image of 280 tokens +3,153,920 +1,576,960\n", shown)
+        assert json.loads(info(folder, "--json"))["images"]["projection"] == projection
+
+
+def test_a_checkpoint_without_a_tower(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("pictures"), tmp_path / "text"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: each for name, each in tensors.items() if "vision" not in name}, folder / "model.safetensors")
+    assert summarize(Checkpoint.open(folder)).images is None
+    shown = info(folder)
+    assert re.search(r"\nimages +not read, because there is no vision tower\n", shown)
+    assert "projection" not in shown
+    assert "features" not in shown
+    assert json.loads(info(folder, "--json"))["images"] is None
+
+
+def test_a_tower_without_its_projection(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("pictures"), tmp_path / "damaged"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: each for name, each in tensors.items() if "embed_vision" not in name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"the weights of embed_vision\.embedding_projection are missing; fetch them again"):
+        summarize(Checkpoint.open(folder))
+
+
+def test_features_take_what_is_shown(checkpoint: Callable[..., Path], backend: Callable[..., Any], backend_name: str) -> None:
+    ours, images = backend(backend_name, "pictures"), summarize(Checkpoint.open(checkpoint("pictures"))).images
+    assert images is not None
+    [features] = ours.see([random_picture(ours.config.vision, 14, 20)])
+    assert (len(features), features.nbytes) == (images.soft_tokens, images.nbytes["float32"])
 
 
 def test_context_outside_the_model(hub: Callable[[str], Path]) -> None:
@@ -122,10 +176,14 @@ def test_every_tensor_has_a_part() -> None:
         "self_conditioning.pre_norm.weight": "norms and scales",
         "self_conditioning.up_proj.weight": "self_conditioning",
         "norm.weight": "norms and scales",
+        "vision_tower.std_bias": "vision",
+        "vision_tower.encoder.layers.3.self_attn.q_norm.weight": "vision",
+        "vision_tower.encoder.layers.3.mlp.up_proj.linear.weight": "vision",
+        "embed_vision.embedding_projection.scales": "vision",
     }
     assert {name: part_of(name) for name in expected} == expected
-    names = {graph_name(name) for table in HUB.values() for name in stored_tensors(table) if "vision" not in name}
-    assert {part_of(name) for name in names} == {*PARTS, NORMS} - {"vision"}
+    names = {graph_name(name) for table in HUB.values() for name in stored_tensors(table)}
+    assert {part_of(name) for name in names} == {*PARTS, NORMS}
 
 
 def test_memory_is_what_a_backend_holds(checkpoint: Callable[..., Path], backend_name: str) -> None:
@@ -135,7 +193,7 @@ def test_memory_is_what_a_backend_holds(checkpoint: Callable[..., Path], backend
         if (backend_name, dtype) == ("mlx", "bfloat16") and load_backend(opened, "mlx").device == "cpu":
             continue  # refused there
         backend: Any = load_backend(opened, backend_name, dtype=dtype)
-        held = _weight_bytes(backend.model)
+        held = _weight_bytes(backend.model) + _weight_bytes(backend.vision)
         assert held == summary.memory[dtype].weights, f"{backend_name} holds {held} bytes of weights in {dtype}"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -17,7 +18,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mlx_diffgemma.errors import CheckpointError, InputError
+from mlx_diffgemma.steps import run
 from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.vision.media import Film, Picture
+from mlx_diffgemma.vision.patches import Patches
 from support.tiny_tokenizer import CONFIG, CORPUS, MIN_VOCAB_SIZE, OLDER_CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -230,10 +234,30 @@ def test_older_template_renders_the_older_released_templates_text(tmp_path):
 
 
 @pytest.mark.parametrize("case", MEDIA_CASES, ids=named)
-def test_media_are_refused_though_the_template_knows_them(json_folder, reference, case):
+def test_media_parts_are_rendered_as_by_transformers(json_folder, reference, case):
+    tokenizer = Tokenizer.from_folder(json_folder)
     assert reference.apply_chat_template(case["context"]["messages"], tokenize=False, **options(case)) == case["rendered"]
-    with pytest.raises(InputError, match=r"messages\[\d\]: (images|video|audio) (is|are) not supported yet; send text only"):
-        Tokenizer.from_folder(json_folder).render(case["context"]["messages"], **options(case))
+    messages, places = [], []
+    for message in case["context"]["messages"]:
+        content = message.get("content")
+        if isinstance(content, list):
+            kinds = [part["type"].removesuffix("_url") for part in content]
+            content = [part if kind == "text" else {"type": kind} for part, kind in zip(content, kinds, strict=True)]
+            places += [kind for kind in kinds if kind in ("image", "video")]
+        messages.append({**message, "content": content})
+    if any("audio" in part["type"] for message in messages for part in message["content"] or () if isinstance(part, dict)):
+        with pytest.raises(InputError, match=r"messages\[\d\]: the model does not hear audio; send text, images and video only"):
+            tokenizer.render(messages, **options(case))
+        return
+    assert tokenizer.render(messages, **options(case)) == case["rendered"]
+    patches = Patches(np.zeros((9, 12), np.uint8), 3, 3, 1)
+    media = [Picture(patches) if place == "image" else Film(((0.0, patches), (61.5, patches))) for place in places]
+    ids = run(tokenizer.chat_steps(messages, media=media, **options(case)))
+    frames = "00:00 <|image><|video|><image|> 01:01 <|image><|video|><image|>"
+    written = case["rendered"].replace("<|image|>", "<|image><|image|><image|>").replace("<|video|>", frames)
+    assert ids == reference(written, add_special_tokens=False)["input_ids"]
+    with pytest.raises(InputError, match="places for images"):
+        run(tokenizer.chat_steps(messages, media=media[1:], **options(case)))
 
 
 @pytest.mark.parametrize("case", TEXT_CASES, ids=named)
@@ -298,8 +322,8 @@ def test_without_a_template_a_raw_prompt_is_asked_for(tmp_path):
         ([{"role": "user", "content": ["Hi"]}], "must be a mapping with a type"),
         ([{"role": "user", "content": [{"text": "Hi"}]}], "must be a mapping with a type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "must have a string as its text, got None"),
-        ([{"role": "user", "content": [{"type": "file", "text": "Hi"}]}], "must have the type text, got 'file'"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], "audio is not supported yet"),
+        ([{"role": "user", "content": [{"type": "file", "text": "Hi"}]}], "must have the type text, image or video, got 'file'"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "the model does not hear audio"),
     ],
 )
 def test_messages_of_the_wrong_form_are_refused(tokenizer, messages, message):
@@ -496,7 +520,10 @@ def test_transformers_is_imported_when_text_is_touched_and_torch_never(json_fold
     script = f"""
 import importlib.util, sys
 from pathlib import Path
+from mlx_diffgemma.steps import run
 from mlx_diffgemma.tokenizer import Tokenizer
+from mlx_diffgemma.vision.media import Film, Picture
+from mlx_diffgemma.vision.patches import Patches
 heavy = {{"transformers", "tokenizers", "sentencepiece", "jinja2", "torch", "mlx"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 find = importlib.util.find_spec  # as on a machine without PyTorch

@@ -11,27 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 from mlx_diffgemma.backends import Backend, Denoised, Piece, Row, load_backend
 from mlx_diffgemma.backends.torch import reference as reference_module
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization
-from mlx_diffgemma.cli import main
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
 from mlx_diffgemma.noise import sampling_key
 from mlx_diffgemma.reports import conformance
-from mlx_diffgemma.reports.conformance import REFERENCE, Report, verify
+from mlx_diffgemma.reports.conformance import REFERENCE, verify
 from support.comparing import BACKENDS, assert_close
+from support.verifying import TEXT, WITH_IMAGES, Sabotage, run, scaled, show
 
 Folder = Callable[..., Path]
-
-
-def show(report: Report) -> None:
-    for each in report.comparisons:
-        for one in each.passes:
-            divergence = f"KL {one.mean_kl:.2e} in the mean, {one.median_kl:.2e} in the median"
-            print(f"{each.backend} against {report.baseline}, {one.name}: {one.max_abs:.2e} at most, {divergence}")
-        print(f"{each.backend}: {each.different_tokens} of {each.tokens} tokens differ, entropies by {each.entropy:.2e}")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +37,7 @@ def test_sound_backends_agree_with_transformers(checkpoint: Folder, shape: str, 
     assert report.prompt_length == opened.config.sliding_window + 8
     assert tuple(each.backend for each in report.comparisons) == BACKENDS
     for each in report.comparisons:
-        assert [one.name for one in each.passes] == ["causal pass", "first step", "second step", "second block"]
+        assert [one.name for one in each.passes] == [*TEXT, *WITH_IMAGES]
         assert all(len(one.states) == opened.config.num_hidden_layers + 2 for one in each.passes)
         assert all(0 <= one.mean_abs <= one.max_abs <= 1e-4 for one in each.passes)
         assert all(abs(one.mean_kl) < 1e-8 and abs(one.median_kl) < 1e-8 and one.same_argmax == 1 for one in each.passes)
@@ -90,16 +81,12 @@ def test_divergence_is_that_of_torch(checkpoint: Folder) -> None:
     assert_close(found.median_kl, by_position.sum(-1).median(), 1e-9, "the median of KL(baseline || backend)")
     assert_close(found.max_abs, (right - other).abs().max(), 0, "the largest difference")
     assert_close(found.states[0], (right - other).norm() / right.norm(), 1e-6, "RMS over RMS")
+    nothing = np.zeros((5, 40), np.float32)
+    assert conformance._relative([nothing, nothing], [nothing, right.numpy()]) == (0.0, float("inf"))
     assert found.same_argmax == (right.argmax(-1) == other.argmax(-1)).double().mean()
 
 
 # --- wrong backends
-
-
-def scaled(module: Any, factor: float) -> None:
-    """Multiply a module's weight, in either framework."""
-    weight = module.weight * factor
-    module.weight = torch.nn.Parameter(weight, requires_grad=False) if isinstance(weight, torch.Tensor) else weight
 
 
 def scaled_layer(backend: Any) -> None:
@@ -149,22 +136,6 @@ def other_samples(backend: Any) -> None:
     backend.denoise = wrong
 
 
-@pytest.fixture
-def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Any], None]], None]:
-    """``sabotage(name, change)``: from then on, ``change`` is applied to that backend after loading."""
-
-    def patch(wrong: str, change: Callable[[Any], None]) -> None:
-        def load(opened: Checkpoint, name: str, **options: Any) -> Backend:
-            backend = load_backend(opened, name, **options)
-            if name == wrong:
-                change(backend)
-            return backend
-
-        monkeypatch.setattr(conformance, "load_backend", load)
-
-    return patch
-
-
 WRONG = [
     (scaled_layer, "causal pass", "first hidden state that differs: layer 1"),
     (swapped_scalars, "causal pass", "first hidden state that differs: layer 1"),
@@ -180,7 +151,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "where", "what"), WRONG, ids=[case[0].__name__ for case in WRONG])
 def test_a_wrong_backend_fails_where_it_is_wrong(
     checkpoint: Folder,
-    sabotage: Callable[[str, Callable[[Any], None]], None],
+    sabotage: Sabotage,
     backend_name: str,
     change: Callable[[Any], None],
     where: str,
@@ -196,7 +167,7 @@ def test_a_wrong_backend_fails_where_it_is_wrong(
     assert what in problem
 
 
-def test_a_wrong_backend_fails_in_bfloat16(checkpoint: Folder, sabotage: Callable[[str, Callable[[Any], None]], None]) -> None:
+def test_a_wrong_backend_fails_in_bfloat16(checkpoint: Folder, sabotage: Sabotage) -> None:
     sabotage("torch", forgotten_commit)
     opened = Checkpoint.open(checkpoint("base", bfloat16=True))
     (problem,) = verify(opened, ["torch:cpu"], against=REFERENCE, dtype="bfloat16").problems()
@@ -204,9 +175,7 @@ def test_a_wrong_backend_fails_in_bfloat16(checkpoint: Folder, sabotage: Callabl
     assert problem.startswith("torch:cpu: median KL of the second block is ")
 
 
-def test_a_wrong_baseline_fails_too(
-    checkpoint: Folder, sabotage: Callable[[str, Callable[[Any], None]], None], backend_name: str
-) -> None:
+def test_a_wrong_baseline_fails_too(checkpoint: Folder, sabotage: Sabotage, backend_name: str) -> None:
     sabotage(backend_name, scaled_layer)
     (problem,) = verify(Checkpoint.open(checkpoint("base")), [backend_name, REFERENCE]).problems()
     assert problem.startswith("reference: ")
@@ -309,6 +278,7 @@ def test_reference_says_what_it_cannot_do(checkpoint: Folder, tmp_path: Path, mo
         ({"backends": ["torch"], "against": "reference:cuda"}, "the reference backend runs on the cpu only"),
         ({"prompt_length": 0}, "prompt_length must be at least 1"),
         ({"prompt_length": 500}, "within the model's context of 512 tokens, got 500"),
+        ({"prompt_length": 490}, "with 2 canvases of 8, or one and 16 tokens of images, within the model's context of 512"),
         ({"canvas_length": 9}, "canvas_length must be 1 to 8"),
         ({"canvas_length": 0}, "canvas_length must be 1 to 8"),
         ({"seed": -1}, "a seed must be an integer between 0 and"),
@@ -322,21 +292,16 @@ def test_bad_input_is_refused(checkpoint: Folder, options: dict[str, Any], messa
         verify(Checkpoint.open(checkpoint("base")), options.pop("backends"), **options)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
-
-
 def test_command_exits_0_within_tolerance(checkpoint: Folder) -> None:
     result = run(checkpoint("base"), "--backends", ",".join(BACKENDS), "--against", "reference")
     print(result.stdout)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == "within tolerance"
-    assert result.stdout.count("second block") == len(BACKENDS)
+    assert result.stdout.count("second block") == result.stdout.count("image of 2 x 6 patches") == len(BACKENDS)
+    assert "seed 0, image mask causal" in result.stdout
 
 
-def test_command_exits_1_out_of_tolerance_and_shows_the_layers(
-    checkpoint: Folder, sabotage: Callable[[str, Callable[[Any], None]], None]
-) -> None:
+def test_command_exits_1_out_of_tolerance_and_shows_the_layers(checkpoint: Folder, sabotage: Sabotage) -> None:
     sabotage("torch", scaled_layer)
     arguments = (checkpoint("base"), "--backends", "torch", "--against", "reference")
     result = run(*arguments)
@@ -345,6 +310,7 @@ def test_command_exits_1_out_of_tolerance_and_shows_the_layers(
     lines = result.stdout.splitlines()
     assert lines[-1].startswith("out of tolerance: torch: logits of the causal pass differ by ")
     assert lines[-1].endswith("layer 1")
+    assert any(line.split()[:3] == ["tower", "layer", "0"] for line in lines)
     states = {
         name: float(line.split()[len(name.split())]) for line in lines for name in ("layer 0", "layer 1") if line.startswith(name)
     }

@@ -22,6 +22,9 @@ from support.converting import converted, make_source
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, NORM = "model.decoder.embed_tokens.weight", "model.decoder.norm.weight"
 UP = "model.decoder.layers.0.mlp.up_proj.weight"
+TOWER = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+TABLE = "model.encoder.vision_tower.patch_embedder.position_embedding_table"
+PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -108,12 +111,36 @@ def test_types_of_packed_weights(
     assert line.endswith(f"not {expected}")
 
 
-def test_vision_tensors_are_not_read_but_the_file_must_open(folder: Path, backend_name: str) -> None:
-    name = next(name for name in load_file(folder / FILE) if "vision_tower" in name)
-    change(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
-    assert load(folder, backend=backend_name, device="cpu")
-    change(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float64)}))
-    assert f"of the wrong type: {name} is F64" in refusal(folder, backend_name)
+@pytest.mark.parametrize("name", [TABLE, PROJECTION])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_types_of_the_vision_tower(folder: Path, backend_name: str, name: str, dtype: torch.dtype) -> None:
+    change(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    stored = {torch.float64: "F64", torch.int32: "I32", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
+    assert f"of the wrong type: {name} is {stored}, not F32 or BF16 or F16" in refusal(folder, backend_name)
+
+
+def test_tensors_of_the_vision_tower_are_missing_unexpected_or_of_another_shape(folder: Path, backend_name: str) -> None:
+    change(folder, lambda tensors: tensors.pop(TABLE))
+    assert refusal(folder, backend_name).endswith("missing: vision_tower.patch_embedder.position_embedding_table")
+    change(folder, lambda tensors: tensors.update({TABLE: torch.zeros(2, 31, 16), f"{TABLE}.more": torch.zeros(2)}))
+    line = refusal(folder, backend_name)
+    assert f"unexpected: {TABLE}.more; of the wrong shape: {TABLE} is [2, 31, 16], not [2, 32, 16]" in line
+
+
+def test_the_vision_tower_may_be_left_out_whole(chat: Path, folder: Path, backend_name: str) -> None:
+    change(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(TOWER)])
+    whole, without = (load(each, backend=backend_name, device="cpu") for each in (chat, folder))
+    assert whole.generate("Hi", seed=2).tokens == without.generate("Hi", seed=2).tokens
+    assert without.config.vision is None
+    edit_json(folder / "config.json", vision_config=None)
+    assert load(folder, backend=backend_name, device="cpu").config.vision is None
+
+
+def test_a_vision_tower_without_its_configuration(folder: Path, backend_name: str) -> None:
+    edit_json(folder / "config.json", vision_config=None)
+    line = refusal(folder, backend_name)
+    assert "unexpected:" in line
+    assert TABLE in line
 
 
 # --- numbers ---
@@ -121,7 +148,7 @@ def test_vision_tensors_are_not_read_but_the_file_must_open(folder: Path, backen
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38, -1e38, 1.1e9])
-@pytest.mark.parametrize("name", [EMBEDDING, NORM, "model.decoder.layers.1.layer_scalar"])
+@pytest.mark.parametrize("name", [EMBEDDING, NORM, "model.decoder.layers.1.layer_scalar", TABLE])
 def test_numbers_that_are_no_weights_are_counted(
     folder: Path, backend_name: str, dtype: torch.dtype, bad: float, name: str
 ) -> None:

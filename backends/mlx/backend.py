@@ -9,15 +9,29 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Denoised, Piece, Place, Progress, Row, check_process, check_rows, check_tokens
+from mlx_diffgemma.backends import (
+    Denoised,
+    Features,
+    Piece,
+    Place,
+    Progress,
+    Row,
+    check_images,
+    check_patches,
+    check_process,
+    check_rows,
+    check_tokens,
+)
 from mlx_diffgemma.backends.memory import main_memory
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
 from mlx_diffgemma.backends.mlx.quantized import quantize_modules
 from mlx_diffgemma.backends.mlx.step import Inputs, logprobs, score, step
+from mlx_diffgemma.backends.mlx.vision import VisionModel
 from mlx_diffgemma.backends.stream import Canvases, answers, spans
-from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers
+from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers, is_vision
 from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.vision.patches import Patches
 from mlx_diffgemma.weights import reading
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -48,11 +62,17 @@ def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "MlxBacken
     device, dtype = _DEVICES[place.device], _DTYPES[place.dtype]
     with mx.stream(device):
         model = TextModel(checkpoint.config)
-        quantize_modules(model, checkpoint.quantization, dtype)
-        checkpoint.check({name: array.shape for name, array in dict(tree_flatten(model.parameters())).items()})
+        vision = VisionModel(checkpoint.config) if checkpoint.config.vision else None
+        parts = [model] if vision is None else [model, vision]
+        for part in parts:
+            table = {path: each for path, each in checkpoint.quantization.items() if is_vision(path) == (part is vision)}
+            quantize_modules(part, table, dtype)
+        checkpoint.check({name: array.shape for part in parts for name, array in dict(tree_flatten(part.parameters())).items()})
         checkpoint.fetch_weights()
-        model.load_weights(_tensors(checkpoint, dtype, progress))
-    return MlxBackend(model, device, place.dtype)
+        tensors = _tensors(checkpoint, dtype, progress)
+        for part in parts:
+            part.load_weights([(name, tensors[name]) for name in dict(tree_flatten(part.parameters()))])
+    return MlxBackend(model, vision, device, place.dtype)
 
 
 def _device(device: str | None) -> Any:
@@ -73,12 +93,12 @@ def _gpu_memory() -> int | None:
     return int(size) if size else None
 
 
-def _tensors(checkpoint: Checkpoint, dtype: mx.Dtype, progress: Progress) -> list[tuple[str, mx.array]]:
-    tensors, done = [], 0
-    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+def _tensors(checkpoint: Checkpoint, dtype: mx.Dtype, progress: Progress) -> dict[str, mx.array]:
+    tensors, done = {}, 0
+    for file in sorted({tensor.file for tensor in checkpoint.stored.values()}):
         shard = mx.load(str(file))
         assert isinstance(shard, dict)
-        for name, stored in checkpoint.tensors.items():
+        for name, stored in checkpoint.stored.items():
             if stored.file == file:
                 tensor = shard.pop(stored.name)
                 with reading(stored):
@@ -87,7 +107,7 @@ def _tensors(checkpoint: Checkpoint, dtype: mx.Dtype, progress: Progress) -> lis
                 packed = name.rpartition(".")[0] in checkpoint.quantization  # kept as stored, to the bit
                 tensor = tensor if packed else tensor.astype(dtype)
                 mx.eval(tensor)
-                tensors.append((name, tensor))
+                tensors[name] = tensor
                 done += stored.nbytes
                 progress(done, checkpoint.nbytes)
     return tensors
@@ -121,8 +141,8 @@ def _integer(array: mx.array) -> int:
 class MlxBackend:
     name = "mlx"
 
-    def __init__(self, model: TextModel, device: Any, dtype: str) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: TextModel, vision: VisionModel | None, device: Any, dtype: str) -> None:
+        self.model, self.vision, self.config = model, vision, model.config
         self.device, self.dtype = device.name, dtype
         self._place = device
         # The BLAS in the Linux wheel sums each output separately, in order. Apple's CPU and GPU have not been measured.
@@ -130,6 +150,19 @@ class MlxBackend:
 
     def new_cache(self) -> Cache:
         return Cache(self.config)
+
+    def see(self, images: Sequence[Patches]) -> list[Features]:
+        check_process()
+        for image in images:
+            check_patches(image, self.config.vision)
+        with mx.stream(self._place):
+            return [self._see(image) for image in images]
+
+    def _see(self, image: Patches, trace: list[mx.array] | None = None) -> mx.array:
+        assert self.vision is not None
+        [features] = self.vision(mx.array(image.values)[None], mx.array(image.positions), image.rows, trace)
+        mx.eval(features)
+        return features
 
     def encode(self, pieces: Sequence[Piece]) -> None:
         with mx.stream(self._place):
@@ -169,7 +202,7 @@ class MlxBackend:
                     frozen=None if given.frozen is None else mx.array(given.frozen),
                 ),
             )
-            signals = [soft_embeddings[start:stop] for start, stop, _ in segments]
+            signals = [soft_embeddings[start:stop] for start, stop, *_ in segments]
             mx.eval(statistics, signals, [segment.cache.arrays() for segment in segments])
             return answers([np.array(each) for each in statistics], signals)
 
@@ -195,8 +228,16 @@ class MlxBackend:
                 hidden = self.model.encode(tokens, segments, states)
             if trace is not None:
                 wide = [np.array(state.astype(mx.float32)) for state in states]
-                trace += [[state[start:stop] for state in wide] for start, stop, _ in segments]
-            return [np.array(self.model.head(hidden[start:stop])) for start, stop, _ in segments]
+                trace += [[state[start:stop] for state in wide] for start, stop, *_ in segments]
+            return [np.array(self.model.head(hidden[start:stop])) for start, stop, *_ in segments]
+
+    def vision_states(self, image: Patches) -> tuple[Features, list[NDArray[np.float32]]]:
+        check_process()
+        check_patches(image, self.config.vision)
+        states: list[mx.array] = []
+        with mx.stream(self._place):
+            features = self._see(image, states)
+            return features, [np.array(state.astype(mx.float32)) for state in (*(state[0] for state in states), features)]
 
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory()
@@ -207,9 +248,13 @@ class MlxBackend:
         tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
         for each in tokens:
             check_tokens(each, self.config)
-        places = spans([len(each) for each in tokens])
-        caches = [cast(Cache, part.cache) for part in parts]
-        segments = [Segment(span.start, span.stop, cache) for span, cache in zip(places, caches, strict=True)]
+        segments = []
+        for part, span in zip(parts, spans([len(each) for each in tokens]), strict=True):
+            images: list[tuple[int, mx.array]] = []
+            if isinstance(part, Piece):
+                check_images(part)
+                images = [(image.start, cast(mx.array, image.features)) for image in part.images]
+            segments.append(Segment(span.start, span.stop, cast(Cache, part.cache), images))
         return mx.array(np.concatenate(tokens)), segments
 
     def _soft_embeddings(self, rows: Sequence[Row]) -> mx.array | None:

@@ -17,16 +17,30 @@ from mlx_diffgemma.backends.mlx import attention
 from mlx_diffgemma.backends.mlx.cache import Cache, LayerCache
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 
-#: A text as one layer's attention sees it: its part of the stream, how many texts that part holds, and the layer's cache.
-Text = tuple[slice, int, LayerCache]
-
 
 class Segment(NamedTuple):
-    """One text's stretch of a stream: the tokens from ``start`` to ``stop`` - 1, which come after those in ``cache``."""
+    """One text's stretch of a stream: the tokens from ``start`` to ``stop`` - 1, which come after those in ``cache``.
+
+    ``images`` are (start, features [n, H]): the features take the places of the embeddings of n tokens, from ``start`` in the
+    stretch on.
+    """
 
     start: int
     stop: int
     cache: Cache
+    images: Sequence[tuple[int, mx.array]] = ()
+
+
+class Text(NamedTuple):
+    """A text as one layer's attention sees it: its part of the stream, the layer's cache, and where images start and stop.
+
+    The part holds ``rows`` texts of one length.
+    """
+
+    span: slice
+    rows: int
+    cache: LayerCache
+    images: Sequence[tuple[int, int]]
 
 
 class Embedding(nn.Module):
@@ -82,7 +96,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
-        self.head_dim = layer.head_dim
+        self.head_dim, self.reach = layer.head_dim, config.image_reach(layer)
         queries, keys = config.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -97,20 +111,19 @@ class Attention(nn.Module):
         keys = self._heads(self.k_proj(x))
         values = self.v_norm(keys if self.v_proj is None else self._heads(self.v_proj(x)))
         keys = rotate(self.k_norm(keys), *rope)
-        mixed = [self._attend(queries[span], keys[span], values[span], rows, kept, causal=causal) for span, rows, kept in texts]
+        mixed = [self._attend(queries[text.span], keys[text.span], values[text.span], text, causal=causal) for text in texts]
         return self.o_proj(mx.concatenate(mixed).flatten(1))
 
-    def _attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, rows: int, cache: LayerCache, *, causal: bool
-    ) -> mx.array:
-        """One text, or ``rows`` texts of one length: queries [T, heads, D] over the cache and over their own keys."""
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, text: Text, *, causal: bool) -> mx.array:
+        """One text, or several rows: queries [T, heads, D] over the cache and over their own keys."""
         queries, keys, values = (
-            x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in (queries, keys, values)
+            x.reshape(text.rows, -1, *x.shape[1:]).swapaxes(1, 2) for x in (queries, keys, values)
         )  # [B, heads, N, D]
         if causal:
-            mixed = attention.causal(queries, *cache.append(keys, values), cache.room.window)
+            seen = text.cache.append(keys, values)
+            mixed = attention.causal(queries, *seen, text.cache.room.window, text.images, self.reach)
         else:
-            mixed = attention.bidirectional(queries, *cache.extended(keys, values))
+            mixed = attention.bidirectional(queries, *text.cache.extended(keys, values))
         return mixed.swapaxes(1, 2).flatten(0, 1)
 
     def _heads(self, x: mx.array) -> mx.array:
@@ -232,8 +245,13 @@ class TextModel(nn.Module):
 
     def encode(self, tokens: mx.array, segments: Sequence[Segment], trace: list[mx.array] | None = None) -> mx.array:
         """Hidden states [T, H] of tokens [T]. Each token sees those before it in its text. Appends to the caches."""
-        x = self._run(self.embed(tokens), segments, trace, causal=True)
-        for start, stop, cache in segments:
+        x = self.embed(tokens)
+        for segment in segments:
+            for start, features in segment.images:
+                begin = segment.start + start
+                x[begin : begin + len(features)] = features
+        x = self._run(x, segments, trace, causal=True)
+        for start, stop, cache, _ in segments:
             states = x[start:stop].reshape(cache.rows, -1, x.shape[1])
             cache.length += states.shape[1]
             cache.last = mx.contiguous(states[:, -1])  # a view would keep the whole array alive
@@ -254,9 +272,13 @@ class TextModel(nn.Module):
     def _run(self, x: mx.array, segments: Sequence[Segment], trace: list[mx.array] | None, *, causal: bool) -> mx.array:
         positions = mx.concatenate([_positions(segment) for segment in segments])
         ropes = {kind: rope.tables(positions, x.dtype) for kind, rope in self._ropes.items()}
+        images = [[(start, start + features.shape[-2]) for start, features in segment.images] for segment in segments]
         states = [x]
         for index, (layer, shape) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            texts = [(slice(start, stop), cache.rows, cache.layers[index]) for start, stop, cache in segments]
+            texts = [
+                Text(slice(start, stop), cache.rows, cache.layers[index], spans)
+                for (start, stop, cache, _), spans in zip(segments, images, strict=True)
+            ]
             x = layer(x, ropes[shape.layer_type], texts, causal=causal)
             if trace is not None:
                 states.append(x)

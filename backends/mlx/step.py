@@ -71,7 +71,7 @@ def score(model: TextModel, tokens: mx.array, segments: Sequence[Segment]) -> mx
     lasts = [segment.cache.last for segment in segments]
     hidden = model.encode(tokens, segments)
     before = []
-    for (start, stop, _), last in zip(segments, lasts, strict=True):
+    for (start, stop, *_), last in zip(segments, lasts, strict=True):
         before += [mx.zeros_like(hidden[:1]) if last is None else last, hidden[start : stop - 1]]
     return logprobs(model, mx.concatenate(before), tokens)
 

@@ -3,6 +3,8 @@
 H query heads share K key-value heads in groups; N queries, S keys, D the head size. Scores are not scaled.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,31 +17,55 @@ def bidirectional(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return _fused(queries, keys, values, None)
 
 
-def causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+def causal(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None,
+    images: Sequence[tuple[int, int]] = (),
+    reach: int = 1,
+) -> Tensor:
     """Each query sees its own position and the window - 1 before it, or all before it if ``window`` is None.
 
-    The last N of the S keys are the queries' own positions. Queries are processed in tiles, so no mask is larger than
+    ``images`` are (start, stop) among the queries, in order. Within one of them, positions less than ``reach`` apart see each
+    other too. The last N of the S keys are the queries' own positions. Queries are processed in tiles, so no mask is larger than
     [QUERY_TILE, S].
     """
     count, total = queries.shape[2], keys.shape[2]
+    before = total - count
     tiles = []
     for start in range(0, count, QUERY_TILE):
         stop = min(start + QUERY_TILE, count)
-        last = total - count + stop
-        first = max(0, total - count + start - window + 1) if window else 0
-        mask = _causal_mask(stop - start, last - first, window, queries.device)
+        last = before + stop
+        first = max(0, before + start - window + 1) if window else 0
+        shared = [(before + one, before + other) for one, other in images if one < stop and other > start]
+        if shared:  # keys of an image that began before this tile, or that ends after it
+            first = min(first, max(shared[0][0], before + start - reach + 1))
+            last = max(last, min(shared[-1][1], before + stop + reach - 1))
+        lowest, highest = _reached(range(before + start, before + stop), window, shared, reach, queries.device)
+        mask = None if stop - start == 1 else _mask(range(first, last), lowest, highest)
         tiles.append(_fused(queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last], mask))
     return torch.cat(tiles, dim=2) if len(tiles) > 1 else tiles[0]
 
 
-def _causal_mask(count: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask [count, total] of ``count`` queries at the end of ``total`` keys; None if nothing is masked."""
-    if count == 1:
-        return None
-    queries = torch.arange(total - count, total, device=device)[:, None]
-    keys = torch.arange(total, device=device)[None, :]
-    seen = keys <= queries
-    return seen & (keys > queries - window) if window else seen
+def _reached(
+    queries: range, window: int | None, images: Sequence[tuple[int, int]], reach: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """The lowest and the highest key [N, 1] that each query of :func:`causal` sees, with all between. None: all before, too."""
+    own = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    lowest, highest = own - window + 1 if window else None, own
+    for start, stop in images:
+        inside = (own >= start) & (own < stop)
+        highest = torch.where(inside, (own + reach - 1).clamp(max=stop - 1), highest)
+        if lowest is not None:
+            lowest = torch.where(inside, lowest.minimum((own - reach + 1).clamp(min=start)), lowest)
+    return lowest, highest
+
+
+def _mask(keys: range, lowest: Tensor | None, highest: Tensor) -> Tensor:
+    places = torch.arange(keys.start, keys.stop, device=highest.device)[None, :]
+    seen = places <= highest
+    return seen if lowest is None else seen & (places >= lowest)
 
 
 def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

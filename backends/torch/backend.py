@@ -9,15 +9,29 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from mlx_diffgemma.backends import Denoised, Piece, Place, Progress, Row, check_process, check_rows, check_tokens
+from mlx_diffgemma.backends import (
+    Denoised,
+    Features,
+    Piece,
+    Place,
+    Progress,
+    Row,
+    check_images,
+    check_patches,
+    check_process,
+    check_rows,
+    check_tokens,
+)
 from mlx_diffgemma.backends.memory import main_memory
 from mlx_diffgemma.backends.stream import Canvases, answers, spans
 from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.backends.torch.quantized import quantize_modules
 from mlx_diffgemma.backends.torch.step import Inputs, logprobs, score, step
-from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers
+from mlx_diffgemma.backends.torch.vision import VisionModel
+from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers, is_vision
 from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.vision.patches import Patches
 from mlx_diffgemma.weights import reading
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,11 +53,18 @@ def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "TorchBack
     device, dtype = torch.device(place.device), _DTYPES[place.dtype]
     with torch.device("meta"):
         model = TextModel(checkpoint.config)
-        quantize_modules(model, checkpoint.quantization, dtype)
-    checkpoint.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+        vision = VisionModel(checkpoint.config) if checkpoint.config.vision else None
+        parts = [model] if vision is None else [model, vision]
+        for part in parts:
+            table = {path: each for path, each in checkpoint.quantization.items() if is_vision(path) == (part is vision)}
+            quantize_modules(part, table, dtype)
+    checkpoint.check({name: tuple(tensor.shape) for part in parts for name, tensor in part.state_dict().items()})
     checkpoint.fetch_weights()
-    model.load_state_dict(_tensors(checkpoint, device, dtype, progress), assign=True)
-    return TorchBackend(model.eval().requires_grad_(False), device, place.dtype)
+    tensors = _tensors(checkpoint, device, dtype, progress)
+    for part in parts:
+        part.load_state_dict({name: tensors[name] for name in part.state_dict()}, assign=True)
+        part.eval().requires_grad_(False)
+    return TorchBackend(model, vision, device, place.dtype)
 
 
 def _device(device: str | None) -> torch.device:
@@ -62,7 +83,7 @@ def _device(device: str | None) -> torch.device:
 
 def _tensors(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress) -> Mapping[str, Tensor]:
     tensors, done = {}, 0
-    for name, stored in checkpoint.tensors.items():
+    for name, stored in checkpoint.stored.items():
         # The pages of a file count as ours until it is closed. Opening it for each tensor holds only one tensor in two types.
         with safe_open(stored.file, framework="pt", device=str(device)) as shard:
             with reading(stored):
@@ -96,18 +117,31 @@ class TorchBackend:
     name = "torch"
     exact_rows = False  # the libraries choose the order of sums by the number of rows
 
-    def __init__(self, model: TextModel, device: torch.device, dtype: str) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: TextModel, vision: VisionModel | None, device: torch.device, dtype: str) -> None:
+        self.model, self.vision, self.config = model, vision, model.config
         self.device, self.dtype = str(device), dtype
 
     def new_cache(self) -> Cache:
         return Cache(self.config)
 
     @torch.inference_mode()
+    def see(self, images: Sequence[Patches]) -> list[Features]:
+        check_process()
+        for image in images:
+            check_patches(image, self.config.vision)
+        features: list[Features] = [self._see(image) for image in images]
+        self._finish()
+        return features
+
+    def _see(self, image: Patches, trace: list[Tensor] | None = None) -> Tensor:
+        assert self.vision is not None
+        pixels, places = self._to_device(image.values), self._to_device(image.positions)
+        return self.vision(pixels[None], places.long(), image.rows, trace)[0]
+
+    @torch.inference_mode()
     def encode(self, pieces: Sequence[Piece]) -> None:
         self.model.encode(*self._stream(pieces))
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
+        self._finish()
 
     @torch.inference_mode()
     def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
@@ -139,7 +173,7 @@ class TorchBackend:
                 frozen=None if given.frozen is None else self._to_device(given.frozen),
             ),
         )
-        signals = [soft_embeddings[start:stop] for start, stop, _ in segments]
+        signals = [soft_embeddings[start:stop] for start, stop, *_ in segments]
         return answers([self._to_numpy(each) for each in statistics], signals)
 
     @torch.inference_mode()
@@ -163,8 +197,16 @@ class TorchBackend:
         else:
             hidden = self.model.encode(tokens, segments, states)
         if trace is not None:
-            trace += [[self._to_numpy(state[start:stop].float()) for state in states] for start, stop, _ in segments]
-        return [self._to_numpy(self.model.head(hidden[start:stop])) for start, stop, _ in segments]
+            trace += [[self._to_numpy(state[start:stop].float()) for state in states] for start, stop, *_ in segments]
+        return [self._to_numpy(self.model.head(hidden[start:stop])) for start, stop, *_ in segments]
+
+    @torch.inference_mode()
+    def vision_states(self, image: Patches) -> tuple[Features, list[NDArray[np.float32]]]:
+        check_process()
+        check_patches(image, self.config.vision)
+        states: list[Tensor] = []
+        features = self._see(image, states)
+        return features, [self._to_numpy(state.float()) for state in (*(state[0] for state in states), features)]
 
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.startswith("cuda") else None
@@ -175,9 +217,13 @@ class TorchBackend:
         tokens = [part.tokens if isinstance(part, Piece) else part.canvas for part in parts]
         for each in tokens:
             check_tokens(each, self.config)
-        places = spans([len(each) for each in tokens])
-        caches = [cast(Cache, part.cache) for part in parts]
-        segments = [Segment(span.start, span.stop, cache) for span, cache in zip(places, caches, strict=True)]
+        segments = []
+        for part, span in zip(parts, spans([len(each) for each in tokens]), strict=True):
+            images: list[tuple[int, Tensor]] = []
+            if isinstance(part, Piece):
+                check_images(part)
+                images = [(image.start, cast(Tensor, image.features)) for image in part.images]
+            segments.append(Segment(span.start, span.stop, cast(Cache, part.cache), images))
         return self._to_device(np.concatenate(tokens)).long(), segments
 
     def _soft_embeddings(self, rows: Sequence[Row]) -> Tensor | None:
@@ -188,6 +234,11 @@ class TorchBackend:
         nothing = known[0].new_zeros(1, known[0].shape[1])
         signals = [(row.self_conditioning, len(row.canvas)) for row in rows]
         return torch.cat([nothing.expand(length, -1) if signal is None else signal for signal, length in signals])
+
+    def _finish(self) -> None:
+        """Wait for the device."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

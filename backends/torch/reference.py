@@ -16,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlx_diffgemma.backends import Denoised, Piece, Row, check_tokens
-from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.backends import Denoised, Features, Piece, Row, check_images, check_patches, check_tokens
+from mlx_diffgemma.checkpoint import Checkpoint, graph_name, is_vision
+from mlx_diffgemma.config import FULL, SLIDING
 from mlx_diffgemma.errors import BackendError, CheckpointError
 from mlx_diffgemma.noise import gumbel
-
-#: Prefixes of tensors that the text model does not use.
-_UNUSED = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+from mlx_diffgemma.vision.patches import Patches
 
 
 def load(checkpoint: Checkpoint, *, dtype: str | None = None) -> "ReferenceBackend":
@@ -52,7 +51,9 @@ def load(checkpoint: Checkpoint, *, dtype: str | None = None) -> "ReferenceBacke
     )
     model, info = loaded
     random = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    unfit = sorted(name for name in random if not name.startswith(_UNUSED))
+    if checkpoint.config.vision is None:  # transformers always builds a tower, and this one is never used
+        random = {name for name in random if not is_vision(graph_name(name))}
+    unfit = sorted(random)
     if unfit:
         raise CheckpointError(f"{checkpoint.folder}: tensors missing or of the wrong shape: {', '.join(unfit)}")
     return ReferenceBackend(model.eval().requires_grad_(False), checkpoint, dtype)
@@ -92,12 +93,39 @@ class ReferenceBackend:
         self.model, self.config, self.dtype = model, checkpoint.config, dtype
         # transformers 5.24 renamed the argument, and accepts the old name until 5.40.
         self._cache_name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        if self.config.vision is not None:
+            model.model.encoder.vision_tower.pooler.register_forward_hook(_keep_all)
 
     def new_cache(self) -> ReferenceCache:
         return ReferenceCache(self.model.config.get_text_config(decoder=True))
 
     def peak_memory(self) -> None:
         return None  # PyTorch does not count memory on a CPU
+
+    @torch.inference_mode()
+    def see(self, images: Sequence[Patches]) -> list[Features]:
+        for image in images:
+            check_patches(image, self.config.vision)
+        return [self._see(image) for image in images]
+
+    def _see(self, image: Patches) -> Tensor:
+        pixels, places = torch.from_numpy(image.values)[None], torch.from_numpy(image.positions).long()[None]
+        seen = self.model.model.encoder.get_image_features(pixels.to(self.model.dtype), places, return_dict=True)
+        features: Tensor = seen.pooler_output
+        return features
+
+    @torch.inference_mode()
+    def vision_states(self, image: Patches) -> tuple[Features, list[NDArray[np.float32]]]:
+        check_patches(image, self.config.vision)
+        tower, embedder = self.model.model.encoder.vision_tower, self.model.model.encoder.embed_vision
+        states: list[NDArray[np.float32]] = []
+        with ExitStack() as hooks:
+            for module in (*tower.encoder.layers[:1], embedder.embedding_pre_projection_norm):
+                hooks.enter_context(module.register_forward_pre_hook(lambda _, given: states.append(_copy(given[0]))))
+            for layer in tower.encoder.layers:
+                hooks.enter_context(layer.register_forward_hook(lambda _, __, output: states.append(_copy(output))))
+            features = self._see(image)
+        return features, [*states, features.float().numpy()]
 
     @torch.inference_mode()
     def encode(self, pieces: Sequence[Piece]) -> None:
@@ -172,11 +200,38 @@ class ReferenceBackend:
     def _encode(self, piece: Piece) -> Tensor:
         """Final hidden states [N, H]."""
         check_tokens(piece.tokens, self.config)
-        cache = cast(ReferenceCache, piece.cache)
-        encoded = self.model.model.encoder(input_ids=_ids(piece.tokens)[None], **{self._cache_name: cache.kept})
+        check_images(piece)
+        cache, encoder = cast(ReferenceCache, piece.cache), self.model.model.encoder
+        embeddings = encoder.get_input_embeddings()(_ids(piece.tokens)[None])
+        for image in piece.images:
+            embeddings[0, image.start : image.start + len(image.features)] = cast(Tensor, image.features)
+        masks = self._masks(piece) if piece.images else None
+        encoded = encoder(inputs_embeds=embeddings, attention_mask=masks, **{self._cache_name: cache.kept})
         hidden: Tensor = encoded.last_hidden_state[0]
         cache.last = hidden[-1:]
         return hidden
+
+    def _masks(self, piece: Piece) -> dict[str, Tensor]:
+        """What is added to the scores [1, 1, N, S] of a piece with images, on each kind of layer, by ``config.image_mask``."""
+        kept, count = cast(ReferenceCache, piece.cache).kept, len(piece.tokens)
+        own = torch.arange(count) + len(piece.cache)
+        image = torch.full((len(piece.cache) + count,), -1)
+        for index, span in enumerate(piece.images):
+            image[own[span.start : span.start + len(span.features)]] = index
+        kinds, masks = [layer.layer_type for layer in self.config.layers], {}
+        for kind in set(kinds):
+            total, first = kept.get_mask_sizes(count, kinds.index(kind))
+            keys = torch.arange(first, first + total)
+            after = own[:, None] - keys
+            within = (image[own][:, None] == image[keys]) & (image[keys] >= 0)
+            near = after.abs() < (self.config.sliding_window if kind == SLIDING else len(image))
+            seen = (after >= 0) & near
+            if self.config.image_mask == "transformers":
+                seen |= within
+            elif self.config.image_mask == "makers" and kind != FULL:
+                seen |= within & near
+            masks[kind] = torch.where(seen, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)[None, None]
+        return masks
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states. `transformers` has no causal head, so this repeats what it does for a canvas."""
@@ -197,6 +252,12 @@ class ReferenceBackend:
         return logits[0]
 
 
+def _keep_all(pooler: Any, given: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """No soft token is padding here. `transformers` 5.24 drops all of them if each patch becomes one (pooling_kernel_size 1)."""
+    pooled, mask = output
+    return pooled, torch.ones_like(mask)
+
+
 def _ids(tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64))
 
@@ -208,5 +269,6 @@ def _logprobs(logits: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def _copy(state: Tensor) -> NDArray[np.float32]:
-    copied: NDArray[np.float32] = state[0].float().numpy().copy()
+    rows = state[0] if state.ndim == 3 else state  # the vision tower drops the axis of images when it pools
+    copied: NDArray[np.float32] = rows.float().numpy().copy()
     return copied

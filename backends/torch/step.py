@@ -70,7 +70,7 @@ def score(model: TextModel, tokens: Tensor, segments: Sequence[Segment]) -> Tens
     lasts = [segment.cache.last for segment in segments]
     hidden = model.encode(tokens, segments)
     before = []
-    for (start, stop, _), last in zip(segments, lasts, strict=True):
+    for (start, stop, *_), last in zip(segments, lasts, strict=True):
         before += [torch.zeros_like(hidden[:1]) if last is None else last, hidden[start : stop - 1]]
     return logprobs(model, torch.cat(before), tokens)
 

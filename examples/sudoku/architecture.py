@@ -1,7 +1,7 @@
 """The tiny DiffusionGemma: its configuration in the hub's layout, its initial weights, and the checkpoint's files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 from vocabulary import BOS, END_OF_TURN, EOS, PAD
 
 from mlx_diffgemma.backends.torch.model import TextModel
+from mlx_diffgemma.backends.torch.vision import VisionModel
+from mlx_diffgemma.checkpoint import is_vision
 from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
 
 
@@ -88,22 +90,36 @@ _VISION = {
 
 def new_model(config: ModelConfig, seed: int) -> TextModel:
     """A model with random weights. Embeddings, logits and attention scores start with a variance near 1."""
-    generator = torch.Generator().manual_seed(seed)
     model = TextModel(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("router.proj.weight"):
-                weight.normal_(generator=generator)  # the router divides its input by the square root of its size
-            elif weight.ndim > 1:
-                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                weight.fill_(weight.shape[0] ** -0.25)  # attention has no other scale
+    _randomize(model, torch.Generator().manual_seed(seed))
     return model
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def new_vision(config: ModelConfig, seed: int) -> VisionModel:
+    """The vision tower of ``config.vision`` and its projection, with random weights as in :func:`new_model`."""
+    vision = VisionModel(config)
+    _randomize(vision, torch.Generator().manual_seed(seed))
+    return vision
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, generator: torch.Generator) -> None:
+    for name, weight in model.named_parameters():
+        if name.endswith("router.proj.weight"):
+            weight.normal_(generator=generator)  # the router divides its input by the square root of its size
+        elif name.endswith("position_embedding_table"):
+            weight.normal_(std=0.5, generator=generator)  # as large as what a patch adds to it
+        elif weight.ndim > 1:
+            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.fill_(weight.shape[0] ** -0.25)  # attention has no other scale
+        elif name.endswith(("std_bias", "std_scale")):
+            weight.fill_(float(name.endswith("scale")))
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: matrices with weight decay, norms and scales without."""
-    parameters = list(model.parameters())
+    parameters = list(parameters)
     return [
         {"params": [weight for weight in parameters if weight.ndim > 1], "weight_decay": weight_decay},
         {"params": [weight for weight in parameters if weight.ndim <= 1], "weight_decay": 0.0},
@@ -112,6 +128,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def stored_name(name: str) -> str:
     """The hub's name of a tensor of the graph. The inverse of :func:`mlx_diffgemma.checkpoint.graph_name`."""
+    if is_vision(name):
+        return "model.encoder." + name
     if name.endswith("encoder_layer_scalar"):
         return "model.encoder.language_model." + name.replace("encoder_layer_scalar", "layer_scalar")
     if ".experts." in name:
@@ -119,10 +137,15 @@ def stored_name(name: str) -> str:
     return f"model.decoder.{name}"
 
 
-def write_checkpoint(folder: Path, model: TextModel, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-    """Write the weights (BF16) and configurations in the hub's layout: a complete checkpoint except for the tokenizer."""
+def write_checkpoint(folder: Path, parts: Sequence[nn.Module], config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """Write the weights (BF16) and configurations in the hub's layout: a complete checkpoint except for the tokenizer.
+
+    Args:
+        parts: the text model, and the vision tower if there is one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {stored_name(name): weight.detach().to("cpu", torch.bfloat16) for name, weight in model.state_dict().items()}
+    named = {name: weight for part in parts for name, weight in part.state_dict().items()}
+    weights = {stored_name(name): weight.detach().to("cpu", torch.bfloat16) for name, weight in named.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -33,6 +33,7 @@ from mlx_diffgemma.demo.sudoku import to_tokens
 from mlx_diffgemma.editing.infilling import Frame, Hole, fill
 from mlx_diffgemma.editing.proofreading import second_look
 from mlx_diffgemma.editing.revising import Original, rewrite
+from mlx_diffgemma.prompts import PromptTokens
 
 STRENGTHS = tuple(tenth / 10 for tenth in range(11))
 #: Number of wrong cells in the draft to revise.
@@ -61,7 +62,7 @@ def revised(
     """Share of answers that equal the solution, and mean number of denoising steps."""
     prompts, answers, steps, solved = prompt_tokens(puzzles), canvas_tokens(solutions), [], []
     for index, draft in enumerate(canvas_tokens(drafts)):
-        original = Original(prompts[index], draft, np.zeros(len(draft), bool))
+        original = Original(PromptTokens(prompts[index]), draft, np.zeros(len(draft), bool))
         tokens, _, taken = rewrite(backend, original, config, strength=strength, seed=seed + index)
         solved.append(bool((tokens == answers[index]).all()))
         steps.append(sum(taken))
@@ -76,7 +77,7 @@ def proofread_all(
     doubted = np.zeros(drafts.shape, bool)
     corrected = 0
     for index, cells in enumerate(to_tokens(drafts)):
-        argmax, _, _ = second_look(backend, prompts[index], cells, config, ending=ENDING)
+        argmax, _, _ = second_look(backend, PromptTokens(prompts[index]), cells, config, ending=ENDING)
         doubted[index] = argmax != cells
         corrected += int((argmax == to_tokens(solutions[index]))[drafts[index] != solutions[index]].sum())
     wrong = drafts != solutions

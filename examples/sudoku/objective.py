@@ -4,8 +4,8 @@ Diffusion: t is uniform in (0, 1), and each token of the canvas is replaced by a
 predicts the true token at every position, replaced or not, and all positions count alike. In half of the batches, the model first
 makes a prediction without gradient and gets it as its self-conditioning signal. In the other batches the signal is zero.
 
-Causal: the encoder pass predicts each next token of prompt and solution. The solution is appended to the cache after the canvas
-was denoised, so the canvas sees only the prompt.
+Causal: the encoder pass predicts each next token of prompt and solution, except the soft tokens of an image. The solution is
+appended to the cache after the canvas was denoised, so the canvas sees only the prompt.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,22 @@ from vocabulary import VOCABULARY, prompt_tokens
 
 from mlx_diffgemma.backends.torch.cache import TrainingCache
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
+from mlx_diffgemma.backends.torch.vision import VisionModel
+
+
+@dataclass(frozen=True)
+class Images:
+    """One image in each prompt of a batch. All have one size and stand in the same place.
+
+    Attributes:
+        start: the place in the prompt where the soft tokens begin.
+        pixels, places, rows: as :class:`~mlx_diffgemma.backends.torch.vision.VisionModel` takes them.
+    """
+
+    start: int
+    pixels: Tensor
+    places: Tensor
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -33,12 +49,14 @@ class Batch:
         target: [B, L], the true canvas.
         noisy: [B, L], the canvas that the model sees.
         self_conditioned: whether the model gets its own first prediction as the self-conditioning signal.
+        images: the images in the prompts, if there are any.
     """
 
     prompt: Tensor
     target: Tensor
     noisy: Tensor
     self_conditioned: bool
+    images: Images | None = None
 
 
 class Losses(NamedTuple):
@@ -71,16 +89,25 @@ def noisy_batch(
     return Batch(prompts, targets, noisy, bool(rng.random() < 0.5))
 
 
-def losses(model: TextModel, batch: Batch) -> Losses:
-    """Both losses of a batch. Every parameter gets a gradient; the probabilities of the signal get none."""
+def losses(model: TextModel, batch: Batch, vision: VisionModel | None = None) -> Losses:
+    """Both losses of a batch. Every parameter gets a gradient; the probabilities of the signal get none.
+
+    Args:
+        vision: the tower, for a batch with images.
+    """
     rows = len(batch.prompt)
     cache = TrainingCache(model.config, rows)
 
-    def stream(tokens: Tensor) -> tuple[Tensor, list[Segment]]:
+    def stream(tokens: Tensor, images: list[tuple[int, Tensor]] | None = None) -> tuple[Tensor, list[Segment]]:
         """Tokens [B, N] in the form of the graph: all rows one after the other."""
-        return tokens.flatten(), [Segment(0, tokens.numel(), cache)]
+        return tokens.flatten(), [Segment(0, tokens.numel(), cache, images or [])]
 
-    prompt = model.encode(*stream(batch.prompt))
+    images, soft = [], range(0)
+    if batch.images is not None:
+        assert vision is not None, "a batch with images needs the vision tower"
+        start, features = batch.images.start, vision(batch.images.pixels, batch.images.places, batch.images.rows)
+        images, soft = [(start, features)], range(start, start + features.shape[1])
+    prompt = model.encode(*stream(batch.prompt, images))
     signal = None
     if batch.self_conditioned:
         with torch.no_grad():
@@ -89,8 +116,9 @@ def losses(model: TextModel, batch: Batch) -> Losses:
     canvas = model.head(model.denoise(*stream(batch.noisy), signal))
     solution = model.encode(*stream(batch.target))  # after the canvas, which must not see it
     hidden = torch.cat([states.unflatten(0, (rows, -1)) for states in (prompt, solution)], dim=1)  # [B, N + L, H]
-    causal = model.head(hidden[:, :-1])
-    following = torch.cat([batch.prompt, batch.target], dim=1)[:, 1:]
+    predicted = [index for index in range(1, hidden.shape[1]) if index not in soft]
+    causal = model.head(hidden[:, [index - 1 for index in predicted]])
+    following = torch.cat([batch.prompt, batch.target], dim=1)[:, predicted]
     return Losses(_cross_entropy(canvas, batch.target), _cross_entropy(causal, following))
 
 

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from architecture import new_model, parameter_groups, write_checkpoint
+from architecture import new_model, new_vision, parameter_groups, write_checkpoint
 from objective import Batch, losses
+from torch import nn
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.backends.torch.backend import TorchBackend
@@ -60,20 +61,28 @@ class BaseTrainer(ABC):
     Attributes:
         options_type: class of the options.
         metric: name of the result of :meth:`evaluate` in the curve.
+        reads_images: whether the model has a vision tower, as ``vision_config`` describes it.
         generation: content of generation_config.json.
+        pace: numbers that a subclass changes in :meth:`follow`. They are part of the curve and of the saved state.
         step: number of steps done.
         seconds: wall time of the training, including the time before it was resumed.
     """
 
     options_type: ClassVar[type[RunOptions]]
     metric: ClassVar[str]
+    reads_images: ClassVar[bool] = False
 
     def __init__(self, options: RunOptions, raw_config: dict[str, Any], generation: Mapping[str, Any]) -> None:
         self.options, self.raw_config = options, raw_config
         self.generation = {**generation, "max_new_tokens": raw_config["canvas_length"]}
-        self.model = new_model(ModelConfig.from_dict(raw_config), options.seed).to(options.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options.weight_decay), betas=(0.9, 0.98), fused=True)
+        config = ModelConfig.from_dict(raw_config)
+        self.model = new_model(config, options.seed).to(options.device)
+        self.vision = new_vision(config, options.seed).to(options.device) if self.reads_images else None
+        self.parts: list[nn.Module] = [self.model] if self.vision is None else [self.model, self.vision]
+        self.parameters = [weight for part in self.parts for weight in part.parameters()]
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.parameters, options.weight_decay), betas=(0.9, 0.98), fused=True)
         self.step, self.seconds = 0, 0.0
+        self.pace: dict[str, float] = {}
 
     @abstractmethod
     def make_batch(self, rng: np.random.Generator) -> Batch:
@@ -87,18 +96,23 @@ class BaseTrainer(ABC):
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files into the existing ``folder``."""
 
+    def follow(self, diffusion: float, causal: float) -> None:  # noqa: B027 (few curricula depend on anything)
+        """Take note of the losses of a step. A curriculum can depend on them."""
+
     def train_step(self) -> tuple[float, float]:
         """Do one step of gradient descent. Returns its diffusion loss and its causal loss."""
         batch = self.make_batch(np.random.default_rng([self.options.seed, self.step]))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate_at(self.step)
-        both = losses(self.model, batch)
+        both = losses(self.model, batch, self.vision)
         (both.diffusion + both.causal).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return both.diffusion.item(), both.causal.item()
+        diffusion, causal = both.diffusion.item(), both.causal.item()
+        self.follow(diffusion, causal)
+        return diffusion, causal
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train to the end. Yields the lines of the curve; losses are means over the steps since the line before."""
@@ -109,9 +123,9 @@ class BaseTrainer(ABC):
             if self.step % options.log_every and not last:
                 continue
             diffusion, causal = np.mean(recent, axis=0)
-            line = {"step": self.step, "diffusion_loss": float(diffusion), "causal_loss": float(causal)}
+            line = {"step": self.step, "diffusion_loss": float(diffusion), "causal_loss": float(causal), **self.pace}
             if self.step % options.evaluate_every == 0 or last:
-                backend = TorchBackend(self.model, torch.device(options.device), "float32")
+                backend = TorchBackend(self.model, self.vision, torch.device(options.device), "float32")
                 line[self.metric] = self.evaluate(backend, GenerationConfig.from_dict(self.generation))
             recent, self.seconds = [], time.perf_counter() - started
             yield {**line, "seconds": round(self.seconds, 1)}
@@ -119,16 +133,17 @@ class BaseTrainer(ABC):
     def save(self, folder: Path) -> None:
         """Write ``state.pt`` and ``checkpoint`` into ``folder``."""
         state = {
-            "model": self.model.state_dict(),
+            "model": {name: weight for part in self.parts for name, weight in part.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "pace": self.pace,
             "seconds": self.seconds,
             "options": asdict(self.options),
         }
         unfinished = folder / "state.pt.unfinished"
         torch.save(state, unfinished)
         os.replace(unfinished, folder / "state.pt")
-        write_checkpoint(folder / "checkpoint", self.model, self.raw_config, self.generation)
+        write_checkpoint(folder / "checkpoint", self.parts, self.raw_config, self.generation)
         self.write_tokenizer(folder / "checkpoint")
 
     @classmethod
@@ -136,9 +151,10 @@ class BaseTrainer(ABC):
         """The trainer that :meth:`save` wrote, with its original options."""
         state = torch.load(folder / "state.pt", weights_only=True)
         trainer = cls(cls.options_type(**state["options"]))  # type: ignore[call-arg,arg-type]
-        trainer.model.load_state_dict(state["model"])
+        for part in trainer.parts:
+            part.load_state_dict({name: state["model"][name] for name in part.state_dict()})
         trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.step, trainer.seconds = state["step"], state["seconds"]
+        trainer.step, trainer.seconds, trainer.pace = state["step"], state["seconds"], state["pace"]
         return trainer
 
 

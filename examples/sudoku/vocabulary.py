@@ -46,16 +46,22 @@ def prompt_tokens(puzzles: NDArray[np.int8]) -> NDArray[np.int32]:
 
 
 def write_tokenizer(
-    folder: Path, vocabulary: Sequence[str] = VOCABULARY, normalizer: normalizers.Normalizer | None = _NORMALIZER
+    folder: Path,
+    vocabulary: Sequence[str] = VOCABULARY,
+    normalizer: normalizers.Normalizer | None = _NORMALIZER,
+    special: Sequence[str] = SPECIAL,
+    chat_template: str = _CHAT_TEMPLATE,
 ) -> None:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` into the existing ``folder``.
 
     Args:
-        vocabulary: :data:`SPECIAL`, then single characters.
+        vocabulary: :data:`SPECIAL`, then single characters and other special tokens.
         normalizer: applied to a text before it is split into characters; None for no change.
+        special: the special tokens.
+        chat_template: the text of the chat template.
     """
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(list(special))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -71,4 +77,4 @@ def write_tokenizer(
         "padding_side": "left",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

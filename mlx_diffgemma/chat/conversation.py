@@ -15,6 +15,10 @@ from mlx_diffgemma.options import SamplerOptions, spelled_out
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
 from mlx_diffgemma.settling import Settled
+from mlx_diffgemma.steps import run
+from mlx_diffgemma.vision.media import split_media
+from mlx_diffgemma.vision.saved import media_from_json, media_to_json, with_parts
+from mlx_diffgemma.vision.sources import with_images
 from mlx_diffgemma.writing import Content, Part, Reasoning, ToolCall, Writing, fresh_seed, sampling_config
 
 #: The value of ``format`` in a saved conversation.
@@ -37,7 +41,9 @@ class Conversation:
 
     Attributes:
         messages: the messages of the turns so far, in the form of the OpenAI API, except that a tool call's arguments are a
-            mapping. They may be changed between two turns.
+            mapping, and that images and videos are kept as they were read:
+            ``{"type": "image", "image": Picture}`` and ``{"type": "video", "video": Film}``. They may be changed between two
+            turns. New images may be in any form that ``send`` takes.
     """
 
     @checked
@@ -61,6 +67,7 @@ class Conversation:
         self,
         message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]],
         *,
+        images: Sequence[Any] = (),
         mode: str = "diffusion",
         seed: int | None = None,
         stop: Sequence[str] = (),
@@ -76,7 +83,9 @@ class Conversation:
 
         Args:
             message: the user's text, a message such as ``{"role": "tool", "tool_call_id": ..., "content": ...}``, or a list of
-                messages.
+                messages. The content may have parts with images and videos; see :mod:`mlx_diffgemma.vision.media`.
+            images: images and videos that come before the text of the message, as in
+                :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`. They are read once, and stay as they are if a file changes.
             mode, seed, stop, settled, logprobs, options: as in :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`.
             stopping: called after each block or token. If it returns true, the reply ends there, with finish reason "length".
 
@@ -102,7 +111,8 @@ class Conversation:
             message = {"role": "user", "content": message}
         with self._alone():
             before = len(self.messages)
-            self.messages += [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
+            added = with_images([message] if isinstance(message, Mapping) else message, images)
+            self.messages[:] = self._with_media([*self.messages, *map(dict, added)])
             said: list[Part] = []
             try:
                 with closing(self._reply(writing, stopping)) as events:
@@ -148,14 +158,26 @@ class Conversation:
             self.kept.recount(context.cache)
 
     def prompt(self) -> str:
-        """The messages so far, rendered by the chat template."""
-        return self.model.tokenizer.render(self._all(), tools=self.tools, enable_thinking=self.thinking)
+        """The messages so far, rendered by the chat template. An image is ``<|image|>`` in it, and a video ``<|video|>``."""
+        messages, _ = split_media(self._all(), self.model.config.vision)
+        return self.model.tokenizer.render(messages, tools=self.tools, enable_thinking=self.thinking)
+
+    def _with_media(self, messages: Sequence[Any]) -> list[Any]:
+        """The messages with the Picture or Film of each image and video, which is read unless it is one already."""
+        config = self.model.config
+        split, media = split_media(messages, config.vision, max_soft_tokens=config.max_position_embeddings)
+        found = iter(media)
+
+        def kept(part: Any, _: str) -> Any:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            return {"type": kind, kind: next(found)} if kind in ("image", "video") else part
+
+        return with_parts(split, kept)
 
     def _read(self, writing: Writing) -> Context:
-        ids = self.model.tokenizer.chat(self._all(), tools=self.tools, enable_thinking=self.thinking)
-        tokens = self.model.prompt_ids(ids)
-        writing.check(self.model.backend.config, tokens)  # raises before a long prompt is encoded
-        return read(self.model.backend, tokens, self.model.piece_rule, self.kept)
+        prompt = run(self.model.prompt_steps(self._all(), tools=self.tools, enable_thinking=self.thinking))
+        writing.check(self.model.backend.config, prompt.ids)  # raises before a long prompt is encoded
+        return read(self.model.backend, prompt, self.model.piece_rule, self.kept)
 
     def _all(self) -> list[dict[str, Any]]:
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
@@ -180,14 +202,17 @@ class Conversation:
     def save(self, file: Path) -> None:
         """Save the messages, ``system``, ``tools`` and ``thinking`` as JSON. Replaces an existing file.
 
-        Raises OSError, or InputError if a message is no JSON. An existing file is then unchanged.
+        Images and videos are saved as the model sees them, with every pixel.
+
+        Raises OSError, or InputError if a message is no JSON or has an image that cannot be read. An existing file is then
+        unchanged.
         """
         content = {
             "format": FORMAT,
             "system": self.system,
             "tools": self.tools,
             "thinking": self.thinking,
-            "messages": self.messages,
+            "messages": media_to_json(self._with_media(self.messages)),
         }
         try:
             text = json.dumps(content, ensure_ascii=False, indent=1)
@@ -215,7 +240,10 @@ class Conversation:
         ):
             raise InputError(f"{file}: this saved conversation is damaged: a field is missing or has the wrong type")
         loaded = cls(model, system=system, tools=tools, thinking=thinking, kept=kept)
-        loaded.messages = messages
+        try:
+            loaded.messages = media_from_json(messages, model.config.vision, model.config.max_position_embeddings)
+        except InputError as damaged:
+            raise InputError(f"{file}: {damaged}") from None
         if messages:
             loaded.prompt()  # raises if messages have the wrong form
         return loaded

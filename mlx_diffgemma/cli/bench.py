@@ -31,10 +31,11 @@ from mlx_diffgemma.reports import speed
     default=speed.REPEATS,
     show_default=True,
     metavar="N",
-    help="Times to measure the prompt, the step and the token.",
+    help="Times to measure the prompt, the step, the token and the images.",
 )
 @click.option("--warmup", type=int, default=speed.WARMUP, show_default=True, metavar="N", help="Runs before the measured ones.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random tokens and the sampler.")
+@click.option("--no-images", is_flag=True, help="Measure no images. On a CPU, the largest image takes minutes.")
 @sampler_options
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
@@ -45,6 +46,7 @@ def bench(
     repeats: int,
     warmup: int,
     seed: int,
+    no_images: bool,
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -53,7 +55,8 @@ def bench(
     **sampler: Any,
 ) -> None:
     """Measure how fast MODEL reads a random prompt, runs one denoising step, writes one causal token, and writes a text of
-    --max-new-tokens.
+    --max-new-tokens. If MODEL reads images, measure also how long it takes to read one of its usual size, and one of the largest
+    size that fits into its context.
 
     The table shows the median, minimum and maximum of --repeats runs. The text is written once, and no token ends it early. A
     trained model takes more steps after a random prompt than after a real one, so real texts are written faster.
@@ -71,7 +74,7 @@ def bench(
     speed.check_lengths(checkpoint.config, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup)
     with loading_bar() as progress:
         loaded = load_backend(checkpoint, backend, device=device, dtype=dtype, force=force, progress=progress)
-    result = speed.bench(loaded, config, **runs)
+    result = speed.bench(loaded, config, **runs, images=not no_images)
     click.echo(json.dumps(_as_json(model, result)) if as_json else _as_text(model, result))
 
 
@@ -93,6 +96,10 @@ def _as_text(model: str, result: speed.Benchmark) -> str:
         ("commit of that canvas, s", *_figures(result.commit, ".4f")),
         ("causal token, s", *_figures(result.token, ".4f")),
     ]
+    for image in result.images:
+        label = f"image of {image.soft_tokens:,} tokens"
+        measured.append((f"{label}, vision tower, s", *_figures(image.tower, ".4f")))
+        measured.append((f"{label}, causal pass, s", *_figures(image.encode, ".4f")))
     written = [
         (f"text of {text.new_tokens} tokens, tokens/s", f"{text.tokens_per_second:.1f}"),
         ("tokens per denoising step", f"{text.tokens_per_forward:.2f}"),

@@ -1,9 +1,11 @@
 """``mlx-diffgemma chat``: a conversation in the terminal, with commands to undo, retry, save and load."""
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,18 +20,23 @@ from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.cli.generate import mode_option, no_live_option
 from mlx_diffgemma.cli.live import Decode, LivePage, live_console, printable
 from mlx_diffgemma.cli.loading import check_options, prepared
-from mlx_diffgemma.cli.options import backend_options, causal_options, sampler_options, source_options
+from mlx_diffgemma.cli.options import Detail, backend_options, causal_options, detail_options, sampler_options, source_options
 from mlx_diffgemma.cli.repl import FILE, Terminal, lines
 from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import DiffGemmaError, InputError
 from mlx_diffgemma.sampler import Block, Draft, check_lengths
+from mlx_diffgemma.vision.film import Film, Media
+from mlx_diffgemma.vision.media import split_media
+from mlx_diffgemma.vision.sources import Image, Video, with_images
 from mlx_diffgemma.writing import MODES, Content, Part, Reasoning, ToolCall, sampling_config
 
 #: Receives every event of a reply as it happens.
 View = Callable[[ReplyEvent], None]
 
 _SEEDS = 2**64
+# An argument of /image and /video.
+_NO_FILE = "none"
 
 # The style of each part of a reply.
 _STYLES: dict[type[Part], str] = {Reasoning: "dim", Content: "", ToolCall: "cyan"}
@@ -46,6 +53,7 @@ _STYLES: dict[type[Part], str] = {Reasoning: "dim", Content: "", ToolCall: "cyan
     metavar="N",
     help="Use seed N for the first turn, N + 1 for the second, and so on.  [default: a new seed each turn]",
 )
+@detail_options
 @mode_option
 @sampler_options
 @causal_options
@@ -58,6 +66,7 @@ def chat(
     file: Path | None,
     thinking: bool,
     seed: int | None,
+    detail: Detail,
     mode: str,
     backend: str | None,
     device: str | None,
@@ -70,6 +79,7 @@ def chat(
 
     On a terminal, Enter sends the message. Alt-Enter, Ctrl-J or a backslash at the end of a line starts a new line. Up and down
     recall earlier messages. Ctrl-C stops a reply and keeps what is shown of it. Ctrl-D leaves. /help lists the commands.
+    /image FILE and /video FILE add an image or a video to the next message.
 
     Without a terminal, each line of standard input is a message or a command. A line that ends in a backslash continues on the
     next line. Replies go to standard output; the model's thoughts and everything else go to standard error.
@@ -86,7 +96,7 @@ def chat(
     conversation = Conversation(loaded, system=system) if file is None else Conversation.load(loaded, file)
     conversation.thinking |= thinking
     _ = loaded.backend  # what is wrong with the arguments is known now
-    talk = partial(ChatSession, conversation, mode=mode, seed=seed, sampler=sampler)
+    talk = partial(ChatSession, conversation, mode=mode, seed=seed, sampler=sampler, detail=detail)
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) or is_dumb_terminal():
         talk().run(lines())
         return
@@ -107,6 +117,7 @@ class ChatSession:
     Args:
         mode, sampler: as in :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`.
         seed: the first turn's seed; each later turn adds 1. None draws a new seed for each turn.
+        detail: how finely the model sees images and videos.
         console: where to draw the canvas; None prints only finished text.
         watching: makes a context manager that is open during a reply. It yields a function that says whether to stop the reply.
     """
@@ -118,13 +129,15 @@ class ChatSession:
         mode: str,
         seed: int | None,
         sampler: Mapping[str, Any],
+        detail: Detail,
         console: Console | None = None,
         watching: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(bool),
     ) -> None:
-        self.conversation, self.mode, self.seed, self.sampler = conversation, mode, seed, sampler
+        self.conversation, self.mode, self.seed, self.sampler, self.detail = conversation, mode, seed, sampler, detail
         self._console, self._watching = console, watching
         self._decode = conversation.model.tokenizer.decode  # loading takes a second: do it before the first turn
         self._replies: list[Reply] = []  # the finished ones
+        self._waiting: list[tuple[str, dict[str, Any]]] = []  # files to show with the next message, and their parts of it
         self._over = False
 
     def run(self, typed: Iterable[str]) -> None:
@@ -150,7 +163,10 @@ class ChatSession:
                 raise InputError(f"{name} needs a file name")
             command.run(self, argument)
         elif text.strip():
-            self._turn(text.removeprefix("/") if text.startswith("//") else text, self._next_seed())
+            message = text.removeprefix("/") if text.startswith("//") else text
+            content = [*(part for _, part in self._waiting), {"type": "text", "text": message}]
+            if self._turn({"role": "user", "content": content} if self._waiting else message, self._next_seed()):
+                self._waiting = []
 
     def _turn(self, message: str | Mapping[str, Any], seed: int | None) -> bool:
         """Let the model reply to a message. False if it was stopped before any text; the message is then removed."""
@@ -230,6 +246,27 @@ class ChatSession:
             self.conversation.thinking = argument == "on"
         say(f"thinking: {'on' if self.conversation.thinking else 'off'}")
 
+    def image(self, argument: str) -> None:
+        self._show("image", argument, self.detail.image)
+
+    def video(self, argument: str) -> None:
+        self._show("video", argument, self.detail.video)
+
+    def _show(self, kind: str, argument: str, source: Callable[[Path], Image | Video]) -> None:
+        """Add a file to those that come with the next message, or drop them all, and list them."""
+        if argument == _NO_FILE:
+            self._waiting = []
+        elif argument:
+            file = _file(argument)
+            message = with_images([{"role": "user", "content": None}], [source(file)])
+            _, [media] = split_media(message, self.conversation.model.config.vision)
+            self._waiting.append((str(file), {"type": kind, kind: media}))
+        if self._waiting:
+            shown = ", ".join(f"{file} ({_size(part[part['type']])})" for file, part in self._waiting)
+            say(f"with the next message: {shown}")
+        else:
+            say(f"no image or video comes with the next message; /{kind} FILE adds one")
+
     def stats(self, argument: str) -> None:
         if not self._replies:
             raise InputError("there is no finished reply yet")
@@ -239,6 +276,7 @@ class ChatSession:
 
     def clear(self, argument: str) -> None:
         self._begin(self.conversation.system)
+        self._waiting = []
         say("new chat")
 
     def retry(self, argument: str) -> None:
@@ -259,16 +297,16 @@ class ChatSession:
         if not turns:
             raise InputError("there is no turn to undo")
         del messages[turns[-1] :]
-        say(f"removed the last turn; {_counted(self._turns())} left")
+        say(f"removed the last turn; {_counted(self._turns(), 'turn')} left")
 
     def save(self, argument: str) -> None:
-        if Path(argument).expanduser().exists():
+        if _file(argument).exists():
             raise InputError(f"{argument} already exists; /save! {argument} replaces it")
         self.save_over(argument)
 
     def save_over(self, argument: str) -> None:
         try:
-            self.conversation.save(Path(argument).expanduser())
+            self.conversation.save(_file(argument))
         except OSError as error:
             raise InputError(f"{argument}: {error.strerror}") from None
         say(f"saved: {argument}")
@@ -276,10 +314,10 @@ class ChatSession:
     def load(self, argument: str) -> None:
         old = self.conversation
         try:
-            self.conversation = Conversation.load(old.model, Path(argument).expanduser(), kept=old.kept)
+            self.conversation = Conversation.load(old.model, _file(argument), kept=old.kept)
         except OSError as error:
             raise InputError(f"{argument}: {error.strerror}") from None
-        say(f"loaded: {_counted(self._turns())}")
+        say(f"loaded: {_counted(self._turns(), 'turn')}")
 
     def exit(self, argument: str) -> None:
         self._over = True
@@ -307,6 +345,13 @@ COMMANDS = {
         f"[{'|'.join(MODES)}]", "Write a canvas at a time (diffusion) or a token at a time (causal).", ChatSession.set_mode, MODES
     ),
     "/thinking": Command("[on|off]", "Let the model think before it replies.", ChatSession.set_thinking, ("on", "off")),
+    "/image": Command(
+        f"[{FILE}|{_NO_FILE}]",
+        f"Add an image to the next message, or list what was added; {_NO_FILE} drops it all.",
+        ChatSession.image,
+        (_NO_FILE, FILE),
+    ),
+    "/video": Command(f"[{FILE}|{_NO_FILE}]", "The same for a video.", ChatSession.video, (_NO_FILE, FILE)),
     "/stats": Command("", "Show tokens, steps, time and seed of the last reply, and the session's totals.", ChatSession.stats),
     "/clear": Command("", "Start a new chat with the same settings.", ChatSession.clear),
     "/retry": Command("", "Write the last reply again with a new seed.", ChatSession.retry),
@@ -332,8 +377,24 @@ def figures(replies: Sequence[Reply]) -> tuple[str, ...]:
     return f"{prompt}", f"{cached}", f"{new}", f"{steps}", f"{new / forwards:.1f}", f"{seconds:.2f}"
 
 
-def _counted(turns: int) -> str:
-    return f"{turns} turn{'' if turns == 1 else 's'}"
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _size(media: Media) -> str:
+    tokens = _counted(sum(image.soft_tokens for image in media.images), "token")
+    return f"{_counted(len(media.frames), 'frame')}, {tokens}" if isinstance(media, Film) else tokens
+
+
+def _file(typed: str) -> Path:
+    """The file that a user means. Its name can be quoted or escaped, as terminals write a file that is dropped on them."""
+    if "\0" in typed:
+        raise InputError("the name of a file cannot contain a null character")
+    with suppress(ValueError):  # a quote without its end is part of the name
+        words = shlex.split(typed)
+        if len(words) == 1 and not os.path.lexists(os.path.expanduser(typed)):
+            typed = words[0]
+    return Path(os.path.expanduser(typed))
 
 
 class _Stretches:

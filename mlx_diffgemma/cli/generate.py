@@ -12,8 +12,16 @@ import click
 
 from mlx_diffgemma.cli.live import LiveView, live_console, printable
 from mlx_diffgemma.cli.loading import check_options, prepared
-from mlx_diffgemma.cli.options import backend_options, causal_options, prompt_options, sampler_options, source_options
+from mlx_diffgemma.cli.options import (
+    backend_options,
+    causal_options,
+    media_options,
+    prompt_options,
+    sampler_options,
+    source_options,
+)
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.vision.sources import Image, Video
 from mlx_diffgemma.writing import MODES, Content, Event, Generation, sampling_config
 
 #: Receives every event of a generation as it happens.
@@ -40,6 +48,7 @@ no_live_option = click.option(
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file instead of the argument.")
 @prompt_options
+@media_options
 @mode_option
 @sampler_options
 @causal_options
@@ -56,6 +65,7 @@ def generate(
     raw: bool,
     markup: bool,
     seed: int | None,
+    images: list[Image | Video],
     mode: str,
     backend: str | None,
     device: str | None,
@@ -78,7 +88,7 @@ def generate(
     check_options(sampler, mode)
     loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
     config = sampling_config(loaded.checkpoint.generation, mode, sampler)
-    events = loaded.stream(text, mode=mode, system=system, raw=raw, markup=markup, seed=seed, **sampler)
+    events = loaded.stream(text, images=images, mode=mode, system=system, raw=raw, markup=markup, seed=seed, **sampler)
     view: View = print_json if as_json else TextView(summary=not quiet)
     console = None if as_json or no_live else live_console()
     _ = loaded.backend  # its bar comes before the canvas

@@ -9,9 +9,10 @@ import click
 
 from mlx_diffgemma.cli.generate import print_text, read_text
 from mlx_diffgemma.cli.loading import check_options, prepared
-from mlx_diffgemma.cli.options import backend_options, denoising_options, prompt_options, source_options
+from mlx_diffgemma.cli.options import backend_options, denoising_options, media_options, prompt_options, source_options
 from mlx_diffgemma.editing import infilling
 from mlx_diffgemma.editing.infilling import MARKER, Infill, parse_template
+from mlx_diffgemma.vision.sources import Image, Video
 
 
 @click.command(short_help="Fill the holes of a text.")
@@ -23,6 +24,7 @@ from mlx_diffgemma.editing.infilling import MARKER, Infill, parse_template
     "--prompt", metavar="TEXT", help="Prompt that the text answers, instead of the built-in instruction to fill the holes."
 )
 @prompt_options
+@media_options
 @denoising_options
 @backend_options
 @click.option(
@@ -40,6 +42,7 @@ def infill(
     raw: bool,
     markup: bool,
     seed: int | None,
+    images: list[Image | Video],
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -60,7 +63,9 @@ def infill(
     parts = parse_template(text, marker)  # so that a mistake fails before the weights are read
     check_options(sampler)
     loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
-    result = infilling.infill(loaded, parts, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **sampler)
+    result = infilling.infill(
+        loaded, parts, prompt=prompt, images=images, system=system, raw=raw, markup=markup, seed=seed, **sampler
+    )
     if as_json:
         click.echo(json.dumps(_content(result), ensure_ascii=False))
         return

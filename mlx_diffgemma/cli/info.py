@@ -22,7 +22,8 @@ from mlx_diffgemma.reports.summary import Summary, summarize
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def info(model: str, revision: str | None, context: int | None, as_json: bool) -> None:
-    """Show the shape of MODEL, its parts and their formats, the memory it needs, and its sampling defaults.
+    """Show the shape of MODEL, its parts and their formats, whether it reads images, the memory it needs, and its sampling
+    defaults.
 
     Only the headers of the weight files are read. If MODEL is a hub id that is not in the local cache, only small files and these
     headers are downloaded.
@@ -55,6 +56,7 @@ def _as_text(model: str, summary: Summary) -> str:
         ("context", f"{config.max_position_embeddings:,} tokens"),
         ("canvas", f"{config.canvas_length} tokens"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
+        *_images(summary),
     ]
     parts: list[tuple[str, ...]] = [("part", "format", "parameters", "bytes", "bits per weight")]
     parts += [_part_row(part.name, part.format, part) for part in summary.parts]
@@ -69,6 +71,9 @@ def _as_text(model: str, summary: Summary) -> str:
         ("total", "total"),
     ):
         memory.append((label, *(f"{getattr(entry, name):,}" for entry in summary.memory.values())))
+    if summary.images:
+        label = f"features of an image of {summary.images.soft_tokens:,} tokens"
+        memory.append((label, *(f"{summary.images.nbytes[dtype]:,}" for dtype in summary.memory)))
     defaults = [(field.name, _value(getattr(generation, field.name))) for field in dataclasses.fields(generation)]
     sections = [
         f"{model}\n{table(shape, left=2)}",
@@ -77,6 +82,17 @@ def _as_text(model: str, summary: Summary) -> str:
         "generation defaults\n" + table(defaults, left=2),
     ]
     return "\n\n".join(sections)
+
+
+def _images(summary: Summary) -> list[tuple[str, str]]:
+    images = summary.images
+    if images is None:
+        return [("images", "not read, because there is no vision tower")]
+    *others, largest = (f"{each:,}" for each in images.budgets)
+    return [
+        ("images", f"up to {images.soft_tokens:,} tokens each; with --image-tokens {', '.join(others)} or {largest}"),
+        ("vision tower", f"{images.layers} layers; projection {images.projection}"),
+    ]
 
 
 def _part_row(name: str, form: str, numbers: Any) -> tuple[str, ...]:

@@ -1,13 +1,18 @@
 """Arguments and options that more than one command takes."""
 
+import functools
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
 
 import click
 
 from mlx_diffgemma.backends import DTYPES, NAMES
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.vision.sources import FRAME_TOKENS, FRAMES, MAX_SEEN, Image, Video
+from mlx_diffgemma.vision_config import BUDGETS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -114,6 +119,70 @@ _CAUSAL = (
     ),
 )
 
+#: Images and videos of the prompt.
+_MEDIA = (
+    click.option(
+        "--image",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="FILE",
+        help="Image to put before the prompt. May be repeated.",
+    ),
+    click.option(
+        "--video",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="FILE",
+        help="Video to put before the prompt, after the images. May be repeated.",
+    ),
+)
+
+#: How finely the model sees them: the fields of :class:`Detail`.
+_DETAIL = (
+    click.option(
+        "--image-tokens",
+        type=click.Choice(list(map(str, BUDGETS))),
+        metavar="N",
+        help=f"Maximum number of tokens of an image, {', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}; more show finer "
+        "detail.  [default: MODEL's own]",
+    ),
+    click.option(
+        "--video-frames",
+        type=click.IntRange(1, MAX_SEEN),
+        metavar="N",
+        help=f"Number of frames of a video that the model sees, each of at most {FRAME_TOKENS} tokens.  [default: {FRAMES}]",
+    ),
+    click.option(
+        "--video-fps",
+        type=click.FloatRange(1e-3, 1e3),
+        metavar="F",
+        help="Frames per second of a video that the model sees, instead of --video-frames.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Detail:
+    """How finely the model sees the images and videos of a command. None is the default."""
+
+    image_tokens: int | None = None
+    video_frames: int | None = None
+    video_fps: float | None = None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """Take the options out of a command's arguments. Raises InputError if two of them exclude each other."""
+        tokens, frames, fps = (given.pop(name) for name in ("image_tokens", "video_frames", "video_fps"))
+        if frames is not None and fps is not None:
+            raise InputError("--video-frames and --video-fps exclude each other; leave out one of them")
+        return cls(None if tokens is None else int(tokens), frames, fps)
+
+    def image(self, file: Path) -> Image:
+        return Image(file, self.image_tokens)
+
+    def video(self, file: Path) -> Video:
+        return Video(file, FRAMES if self.video_frames is None else self.video_frames, self.video_fps)
+
 
 class Size(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes: 512MiB and 4GiB count in powers of 1,024; 500MB, 4GB and plain numbers in powers of 1,000."""
@@ -181,3 +250,36 @@ def denoising_options(function: Function) -> Function:
 def causal_options(function: Function) -> Function:
     """``--temperature``, ``--top-k`` and ``--top-p``; None when not given."""
     return _apply(_CAUSAL, function)
+
+
+def media_options(function: Function) -> Function:
+    """``--image``, ``--video`` and the options of :func:`detail_options`, as one parameter.
+
+    The parameter is ``images``, a list of :class:`~mlx_diffgemma.vision.sources.Image` and
+    :class:`~mlx_diffgemma.vision.sources.Video`.
+    """
+
+    @functools.wraps(function)
+    def command(*arguments: Any, image: tuple[Path, ...], video: tuple[Path, ...], **others: Any) -> Any:
+        detail = Detail.of(others)
+        for given, option, needed in (
+            (detail.image_tokens is not None and not image, "--image-tokens", "--image"),
+            (detail.video_frames is not None and not video, "--video-frames", "--video"),
+            (detail.video_fps is not None and not video, "--video-fps", "--video"),
+        ):
+            if given:
+                raise InputError(f"{option} has no effect without {needed}; give {needed}, or leave it out")
+        return function(*arguments, images=[*map(detail.image, image), *map(detail.video, video)], **others)
+
+    return _apply((*_MEDIA, *_DETAIL), cast(Function, command))
+
+
+def detail_options(function: Function) -> Function:
+    """``--image-tokens``, ``--video-frames`` and ``--video-fps``, as one parameter ``detail``."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **others: Any) -> Any:
+        detail = Detail.of(others)
+        return function(*arguments, detail=detail, **others)
+
+    return _apply(_DETAIL, cast(Function, command))

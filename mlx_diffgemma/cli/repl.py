@@ -165,7 +165,7 @@ class _Commands(Completer):
         typed = argument if space else name
         for candidate in candidates:
             if candidate == FILE:
-                yield from self._files.get_completions(Document(argument), complete_event)
+                yield from self._files.get_completions(Document(argument.lstrip("'\"")), complete_event)
             elif candidate.startswith(typed):
                 yield Completion(candidate, start_position=-len(typed))
 

@@ -11,8 +11,9 @@ import click
 
 from mlx_diffgemma.cli.generate import print_text, read_text
 from mlx_diffgemma.cli.loading import check_options, prepared
-from mlx_diffgemma.cli.options import backend_options, denoising_options, prompt_options, source_options
+from mlx_diffgemma.cli.options import backend_options, denoising_options, media_options, prompt_options, source_options
 from mlx_diffgemma.editing import revising
+from mlx_diffgemma.vision.sources import Image, Video
 
 
 @click.command(short_help="Rewrite a text, starting from the text itself.")
@@ -28,6 +29,7 @@ from mlx_diffgemma.editing import revising
 )
 @click.option("--prompt", metavar="TEXT", help="Prompt that the text answers, instead of the built-in instruction to revise it.")
 @prompt_options
+@media_options
 @denoising_options
 @backend_options
 @click.option("--diff", is_flag=True, help="Print the changes as a unified diff instead of the text.")
@@ -44,6 +46,7 @@ def revise(
     raw: bool,
     markup: bool,
     seed: int | None,
+    images: list[Image | Video],
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -62,7 +65,9 @@ def revise(
     revising.check_strength(strength)  # so that a bad value fails before the weights are read
     check_options(sampler)
     loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
-    result = revising.revise(loaded, given, strength, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **sampler)
+    result = revising.revise(
+        loaded, given, strength, prompt=prompt, images=images, system=system, raw=raw, markup=markup, seed=seed, **sampler
+    )
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
     elif diff:

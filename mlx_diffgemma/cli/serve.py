@@ -139,7 +139,29 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     default=size_text(Settings.max_body),
     show_default=True,
     metavar="SIZE",
-    help="Maximum size of a request body, such as 512KiB; a larger one gets status 413.",
+    help="Maximum size of a request body without its images, such as 512KiB; a larger one gets status 413.",
+)
+@click.option(
+    "--max-image-bytes",
+    type=Size(),
+    default=size_text(Settings.max_image_bytes),
+    show_default=True,
+    metavar="SIZE",
+    help="Maximum size of the images and videos of one request, as base64 or as fetched; larger ones get status 413.",
+)
+@click.option(
+    "--allow-image-urls",
+    multiple=True,
+    metavar="HOST",
+    help="Host whose http and https URLs the server fetches images from, such as example.com or *.example.com. May be repeated.",
+)
+@click.option(
+    "--request-memory",
+    type=Size(),
+    default=size_text(Settings.request_memory),
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for the bodies and images of all requests, of which a client may have half; then requests get status 429.",
 )
 @click.option(
     "--cache-memory",
@@ -166,6 +188,7 @@ def serve(
     no_api_key: bool,
     allowed_host: tuple[str, ...],
     trusted_proxy: tuple[str, ...],
+    allow_image_urls: tuple[str, ...],
     served_name: str | None,
     backend: str | None,
     device: str | None,
@@ -186,6 +209,7 @@ def serve(
     if not _is_local(host) and not keys and not no_api_key:
         raise InputError(f"other machines can reach {host}; set --api-key, or use --no-api-key to let everybody in")
     hosts, proxies = _hosts(host, allowed_host), tuple(map(_network, trusted_proxy))
+    image_hosts = _image_hosts(allow_image_urls)
     listener = _listener(host, port)
     loaded = prepared(model, revision, backend=backend, device=device, dtype=dtype, force=force)
     _ = loaded.backend
@@ -204,6 +228,7 @@ def serve(
             cors_origins=settings.pop("cors_origin"),
             hosts=hosts,
             trusted_proxies=proxies,
+            image_hosts=image_hosts,
             connections=connection_limits(limits),
             **settings,
         ),
@@ -238,6 +263,17 @@ def _hosts(host: str, allowed: Iterable[str]) -> tuple[str, ...]:
         return ()
     own = socket.gethostname()
     return (*_LOCAL, host, *allowed, *(() if _is_local(host) else (own, f"{own}.local")))
+
+
+def _image_hosts(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    from mlx_diffgemma.server.addresses import is_pattern
+
+    for pattern in patterns:
+        if not is_pattern(pattern):
+            raise InputError(
+                f"--allow-image-urls {pattern!r} is not a host name; write one such as images.example.com, or *.example.com"
+            )
+    return patterns
 
 
 def _network(text: str) -> Network:

@@ -43,7 +43,7 @@ from mlx_diffgemma.reports import conformance
     default=conformance.TOLERANCE,
     show_default=True,
     metavar="X",
-    help="Largest allowed absolute difference of float32 logits, after the softcap.",
+    help="Largest allowed absolute difference of float32 logits, after the softcap, and relative difference of soft tokens.",
 )
 @click.option("--force", is_flag=True, help="Load MODEL even if it needs more memory than is free.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -65,10 +65,12 @@ def verify(
     """Compare the logits, hidden states, entropies and tokens that backends compute from MODEL.
 
     All backends get the same random tokens. They run a causal pass over a prompt, two denoising steps of the canvas after it, and
-    a step in the next block. Then each backend writes a short text.
+    a step in the next block. Then each backend writes a short text. If MODEL reads images, two small images of random pixels go
+    through its vision tower, then a causal pass over a text with them, and a denoising step of the canvas after it.
 
-    In float32, logits must differ by at most --tolerance and tokens must be equal. In bfloat16, only the divergence of the logits
-    is checked. The exit status is 0 if the backends agree, and 1 if they do not.
+    In float32, logits and soft tokens must differ by at most --tolerance and tokens must be equal. In bfloat16, only the
+    divergence of the logits and, more loosely, the soft tokens are checked. The exit status is 0 if the backends agree, and 1 if
+    they do not.
 
     The models are loaded one at a time. --against reference holds all of MODEL in memory, and MODEL must not be quantized.
     """
@@ -101,7 +103,8 @@ def verify(
 def _text(report: conformance.Report, problems: list[str]) -> str:
     lines = [
         f"{report.checkpoint}, {report.dtype}, against {report.baseline}: "
-        f"prompt of {report.prompt_length}, canvases of {report.canvas_length}, seed {report.seed}",
+        f"prompt of {report.prompt_length}, canvases of {report.canvas_length}, seed {report.seed}"
+        + (f", image mask {report.image_mask}" if report.image_mask else ""),
         "",
         table(
             [
@@ -125,6 +128,21 @@ def _text(report: conformance.Report, problems: list[str]) -> str:
         ),
         "",
     ]
+    images = [
+        (
+            f"{each.backend} ({each.device})",
+            image.name,
+            f"{image.max_abs:.1e}",
+            f"{image.mean_abs:.1e}",
+            f"{image.states[-1]:.1e}",
+            f"{max(image.states):.1e}",
+        )
+        for each in report.comparisons
+        for image in each.images
+    ]
+    if images:
+        head = ("backend", "vision tower", "soft tokens: max", "mean", "relative", "states: max")
+        lines += [table([head, *images], left=2), ""]
     for each in report.comparisons:
         where = "" if each.first_different is None else f" (the first at position {each.first_different})"
         lines.append(
@@ -133,6 +151,8 @@ def _text(report: conformance.Report, problems: list[str]) -> str:
         )
         if any(problem.startswith(f"{each.backend}:") for problem in problems):
             lines += ["", f"{each.backend}, hidden states: RMS of the difference over RMS", "", _states(each), ""]
+            if each.images:
+                lines += [_tower_states(each), ""]
     verdict = f"out of tolerance: {'; '.join(problems)}" if problems else "within tolerance"
     return "\n".join([*lines, verdict])
 
@@ -141,3 +161,9 @@ def _states(comparison: conformance.Comparison) -> str:
     names = conformance.state_names(len(comparison.passes[0].states))
     rows = [(name, *(f"{one.states[index]:.1e}" for one in comparison.passes)) for index, name in enumerate(names)]
     return table([("after", *(one.name for one in comparison.passes)), *rows])
+
+
+def _tower_states(comparison: conformance.Comparison) -> str:
+    names = conformance.tower_state_names(len(comparison.images[0].states))
+    rows = [(name, *(f"{image.states[index]:.1e}" for image in comparison.images)) for index, name in enumerate(names)]
+    return table([("after", *(image.name for image in comparison.images)), *rows])

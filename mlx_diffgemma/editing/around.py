@@ -6,28 +6,39 @@ A ``raw`` text comes after the beginning-of-sequence token alone, and nothing fo
 the text in either case.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.pipeline import DiffusionGemma
-from mlx_diffgemma.prompts import Prompt
+from mlx_diffgemma.prompts import Prompt, PromptTokens
 from mlx_diffgemma.steps import Steps
 
 
 def around(
-    model: DiffusionGemma, instruction: str, prompt: Prompt | None, *, system: str | None, raw: bool, markup: bool
-) -> Steps[tuple[list[int], tuple[int, ...]]]:
-    """The ids before a text, and the ids after it, in steps."""
+    model: DiffusionGemma,
+    instruction: str,
+    prompt: Prompt | None,
+    *,
+    images: Sequence[Any],
+    system: str | None,
+    raw: bool,
+    markup: bool,
+) -> Steps[tuple[PromptTokens, tuple[int, ...]]]:
+    """The tokens before a text, and the ids after it, in steps."""
     ending = () if raw else (model.tokenizer.end_of_turn_id, model.checkpoint.generation.pad_token_id)
     if prompt is None and raw:
         if system is not None:
             raise InputError("a system message needs the chat template; leave out raw")
-        return [model.tokenizer.bos_token_id], ending
+        if len(images):
+            raise InputError("images need a prompt; leave out raw, or give a prompt with <|image|> for each image")
+        return PromptTokens(np.array([model.tokenizer.bos_token_id], np.int32)), ending
     text = instruction if prompt is None else prompt
-    ids = yield from model.prompt_steps(text, system=system, raw=raw, markup=markup)
-    return ids.tolist(), ending
+    before = yield from model.prompt_steps(text, system=system, raw=raw, markup=markup, images=images)
+    return before, ending
 
 
 def editing_config(model: DiffusionGemma, options: Mapping[str, Any]) -> GenerationConfig:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, product, takewhile
 from math import ceil, prod
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,10 @@ from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.options import DenoisingOptions, spelled_out
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import read
-from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
+from mlx_diffgemma.prompts import PieceRule, Prompt, PromptTokens, chunks
 from mlx_diffgemma.sampler import FREE, Block, Text, check_lengths, check_seed, diffuse
 from mlx_diffgemma.steps import Steps, run
+from mlx_diffgemma.vision.patches import PlacedImage
 from mlx_diffgemma.writing import fresh_seed
 
 #: The lengths that are tried for a hole without a length.
@@ -183,12 +184,14 @@ class Frame:
         in_canvas: how many of the tokens before the first hole are frozen in the first canvas instead of being in the cache. A
             small model whose canvases in training always began where an answer begins does badly with other canvases.
         rule: cuts the tokens before the canvases into pieces. By default a rule without end tokens and reply starts.
+        images: the images in the tokens before the canvases.
     """
 
     ending: tuple[int, ...] = ()
     tail_in_prompt: bool = False
     in_canvas: int = 0
     rule: PieceRule | None = None
+    images: tuple[PlacedImage, ...] = ()
 
 
 @spelled_out
@@ -199,6 +202,7 @@ def infill(
     *,
     marker: str = MARKER,
     prompt: Prompt | None = None,
+    images: Sequence[Any] = (),
     system: str | None = None,
     raw: bool = False,
     markup: bool = False,
@@ -217,6 +221,8 @@ def infill(
     Args:
         template: a text with markers (see :func:`parse_template`), or a list of known texts and holes in order.
         prompt: the prompt that the text answers, instead of the instruction: a text, a conversation or token ids.
+        images: images and videos that belong to the prompt, or to the instruction; as in
+            :meth:`~mlx_diffgemma.pipeline.DiffusionGemma.stream`.
         system: a system message to put before the conversation.
         raw: do not use the chat template. Text after the last hole that does not fit into its canvas is then an error, as it is
             with a ``prompt``. Without ``raw`` and ``prompt``, the instruction contains that text.
@@ -229,7 +235,16 @@ def infill(
         InputError: before anything is computed.
     """
     steps = prepare_infill(
-        model, template, marker=marker, prompt=prompt, system=system, raw=raw, markup=markup, seed=seed, **options
+        model,
+        template,
+        marker=marker,
+        prompt=prompt,
+        images=images,
+        system=system,
+        raw=raw,
+        markup=markup,
+        seed=seed,
+        **options,
     )
     return run(steps).fill(model, batch)
 
@@ -240,12 +255,12 @@ class PreparedInfill:
 
     Attributes:
         parts: the template's known texts and holes.
-        before: ids of the prompt before the template.
+        before: the prompt before the template.
         known: the ids of each known text, and the holes.
     """
 
     parts: tuple[str | Hole, ...]
-    before: list[int]
+    before: PromptTokens
     known: list[list[int] | Hole]
     config: GenerationConfig
     frame: Frame
@@ -258,7 +273,8 @@ class PreparedInfill:
 
     def fill(self, model: DiffusionGemma, batch: str) -> Infill:
         """Fill the holes."""
-        candidates = fill(model.backend, [self.before, *self.known], self.config, seed=self.seed, frame=self.frame, batch=batch)
+        template = [self.before.ids.tolist(), *self.known]
+        candidates = fill(model.backend, template, self.config, seed=self.seed, frame=self.frame, batch=batch)
         fillings = []
         for candidate in candidates:
             holes = tuple(map(model.tokenizer.decode, candidate.holes))
@@ -274,6 +290,7 @@ def prepare_infill(
     *,
     marker: str = MARKER,
     prompt: Prompt | None = None,
+    images: Sequence[Any] = (),
     system: str | None = None,
     raw: bool = False,
     markup: bool = False,
@@ -283,7 +300,7 @@ def prepare_infill(
     """Tokenize a template and its prompt, in steps. Arguments and errors as in :func:`infill`."""
     parts = tuple(parse_template(template, marker) if isinstance(template, str) else template)
     config, seed = editing_config(model, options), fresh_seed() if seed is None else seed
-    before, ending = yield from around(model, instruction(parts), prompt, system=system, raw=raw, markup=markup)
+    before, ending = yield from around(model, instruction(parts), prompt, images=images, system=system, raw=raw, markup=markup)
     known: list[list[int] | Hole] = []
     for part in parts:
         ids = part if isinstance(part, Hole) else (yield from model.tokenizer.encode_steps(part, markup=markup))
@@ -296,8 +313,9 @@ def prepare_infill(
         tail_in_prompt=prompt is None and not raw,
         in_canvas=sum(map(len, _known(known[:first]))) if fits and not raw else 0,
         rule=model.piece_rule,
+        images=before.images,
     )
-    check_template([before, *known], config, frame, model.config)  # before the weights are needed
+    check_template([before.ids.tolist(), *known], config, frame, model.config)  # before the weights are needed
     return PreparedInfill(parts, before, known, config, frame, seed)
 
 
@@ -362,7 +380,8 @@ def fill(
     check_tokens(np.array(list(chain(*known))), backend.config)
     check_seed(seed)
     rows_in_pass(backend, batch, ROWS)
-    shared = read(backend, np.array(prefix, np.int32), frame.rule or PieceRule(backend.config.canvas_length)).cache
+    before = PromptTokens(np.array(prefix, np.int32), frame.images)
+    shared = read(backend, before, frame.rule or PieceRule(backend.config.canvas_length)).cache
     behind = [*tail, *frame.ending, *(list(frame.ending[-1:]) or [FREE]) * total]
     compared = [*tail, *frame.ending[:1]][:room]
     candidates: list[Candidate] = []

@@ -7,6 +7,7 @@ because errors look like the noise that the model was trained to remove. A causa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.editing.around import around, editing_config, not_empty
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import read
-from mlx_diffgemma.prompts import PieceRule, Prompt, chunks
+from mlx_diffgemma.prompts import PieceRule, Prompt, PromptTokens, chunks
 from mlx_diffgemma.sampler import check_lengths
 from mlx_diffgemma.steps import run
 
@@ -56,6 +57,7 @@ def proofread(
     text: str,
     *,
     prompt: Prompt | None = None,
+    images: Sequence[Any] = (),
     system: str | None = None,
     raw: bool = False,
     markup: bool = False,
@@ -69,7 +71,7 @@ def proofread(
     not found.
 
     Args:
-        prompt, system, raw, markup: as in :func:`~mlx_diffgemma.editing.infilling.infill`.
+        prompt, images, system, raw, markup: as in :func:`~mlx_diffgemma.editing.infilling.infill`.
         canvas_length: tokens per canvas, if fewer than the model's own.
 
     Raises:
@@ -77,11 +79,11 @@ def proofread(
     """
     config = editing_config(model, {"canvas_length": canvas_length})
     instruction = INSTRUCTION.format(text=not_empty(text))
-    before, ending = run(around(model, instruction, prompt, system=system, raw=raw, markup=markup))
+    before, ending = run(around(model, instruction, prompt, images=images, system=system, raw=raw, markup=markup))
     ids = model.tokenizer.encode(text, markup=markup)
     spans = model.tokenizer.spans(ids, text)
-    prefix, tokens = np.array(before, np.int32), np.array(ids, np.int32)
-    opinions = second_look(model.backend, prefix, tokens, config, ending=ending, rule=model.piece_rule)
+    tokens = np.array(ids, np.int32)
+    opinions = second_look(model.backend, before, tokens, config, ending=ending, rule=model.piece_rule)
     doubts = [
         Doubt(start, end, text[start:end], model.tokenizer.decode([argmax]), float(canvas), float(causal))
         for (start, end), token, argmax, canvas, causal in zip(spans, ids, *opinions, strict=True)
@@ -92,14 +94,14 @@ def proofread(
 
 def second_look(
     backend: Backend,
-    prompt: NDArray[np.int32],
+    prompt: PromptTokens,
     tokens: NDArray[np.int32],
     config: GenerationConfig,
     *,
     ending: Sequence[int] = (),
     rule: PieceRule | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """The opinions of the denoiser and of the causal model on each of ``tokens`` int32 [N] after ``prompt`` [M].
+    """The opinions of the denoiser and of the causal model on each of ``tokens`` int32 [N] after a prompt.
 
     Args:
         ending: the tokens after the text. Its last token is repeated up to the end of the last canvas. If it is empty, the last

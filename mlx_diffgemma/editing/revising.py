@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.options import DenoisingOptions, spelled_out
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import read
-from mlx_diffgemma.prompts import PieceRule, Prompt
+from mlx_diffgemma.prompts import PieceRule, Prompt, PromptTokens
 from mlx_diffgemma.sampler import FREE, Block, Text, block_diffusion, check_lengths, check_text
 from mlx_diffgemma.steps import run
 from mlx_diffgemma.writing import fresh_seed
@@ -79,6 +79,7 @@ def revise(
     strength: float,
     *,
     prompt: Prompt | None = None,
+    images: Sequence[Any] = (),
     keep: Sequence[tuple[int, int]] = (),
     system: str | None = None,
     raw: bool = False,
@@ -94,15 +95,15 @@ def revise(
         prompt: the prompt that the text answers, instead of the instruction: a text, a conversation or token ids.
         keep: spans of characters (start, end) that stay unchanged. If the model writes an end token before a span, its own text
             ends there, and the text continues with the span.
-        system, raw, markup, seed, options: as in :func:`~mlx_diffgemma.editing.infilling.infill`. A raw text keeps its number of
-            tokens.
+        images, system, raw, markup, seed, options: as in :func:`~mlx_diffgemma.editing.infilling.infill`. A raw text keeps its
+            number of tokens.
 
     Raises:
         InputError: before anything is computed.
     """
     config, seed = editing_config(model, options), fresh_seed() if seed is None else seed
     instruction = INSTRUCTION.format(text=not_empty(text))
-    before, ending = run(around(model, instruction, prompt, system=system, raw=raw, markup=markup))
+    before, ending = run(around(model, instruction, prompt, images=images, system=system, raw=raw, markup=markup))
     pieces = _pieces(text, check_spans(keep, len(text)))
     ids = [model.tokenizer.encode(piece, markup=markup) for piece, _ in pieces]
     draft = np.array([token for part in ids for token in part] + list(ending[:1]), np.int32)
@@ -114,7 +115,7 @@ def revise(
         length = config.canvas_length or model.config.canvas_length
         fill = ceil(len(draft) / length) * length - len(draft)
         draft, keeping = np.pad(draft, (0, fill), constant_values=ending[-1]), np.pad(keeping, (0, fill))
-    original = Original(np.array(before, np.int32), draft, keeping)
+    original = Original(before, draft, keeping)
     check_lengths(model.config, config.replace(max_new_tokens=len(draft)), len(before))  # before the weights are needed
     tokens, replaced, steps = rewrite(model.backend, original, config, strength=strength, seed=seed, rule=model.piece_rule)
     if (tokens == draft).all():
@@ -132,12 +133,12 @@ class Original:
     """Token ids to revise.
 
     Attributes:
-        prompt: int32 [N], the tokens before the text.
+        prompt: the tokens before the text.
         tokens: int32 [P], the tokens of the text.
         keep: bool [P], which tokens stay unchanged. If there are any, an end token does not end the text.
     """
 
-    prompt: NDArray[np.int32]
+    prompt: PromptTokens
     tokens: NDArray[np.int32]
     keep: NDArray[np.bool_]
 
@@ -160,7 +161,7 @@ def rewrite(
     check_strength(strength)
     count, length = len(draft.tokens), config.canvas_length or backend.config.canvas_length
     config = config.replace(max_new_tokens=count, eos_token_ids=() if draft.keep.any() else None)
-    text = Text(draft.prompt, seed, frozen=np.where(draft.keep, draft.tokens, FREE).astype(np.int32))
+    text = Text(draft.prompt.ids, seed, frozen=np.where(draft.keep, draft.tokens, FREE).astype(np.int32))
     check_text(backend.config, text, config)
     blocks = range(ceil(count / length))
     chosen = np.concatenate([noise.replaced(seed, block, length, strength) for block in blocks])[:count] & ~draft.keep

@@ -5,6 +5,7 @@ and the step take as long as with real text, but real text gives more tokens per
 """
 
 import importlib.metadata
+import math
 import platform
 import subprocess
 import sys
@@ -21,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma import noise, sampler
-from mlx_diffgemma.backends import Backend, Cache, Piece, Row
+from mlx_diffgemma.backends import Backend, Cache, Features, ImageSpan, Piece, Row
 from mlx_diffgemma.causal import causal
 from mlx_diffgemma.config import CausalConfig, GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.prompts import chunks
+from mlx_diffgemma.reports.pictures import random_picture
 from mlx_diffgemma.sampler import Block, Text, block_diffusion, check_seed
+from mlx_diffgemma.vision.patches import Patches
+from mlx_diffgemma.vision_config import BUDGETS
 from mlx_diffgemma.writing import Statistics, statistics
 
 #: Defaults: random prompt tokens, measured runs of each thing, and runs before the measured ones.
@@ -114,6 +118,23 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ImageSpeed:
+    """Seconds that reading one image takes, from its patches.
+
+    Attributes:
+        soft_tokens: how many tokens the image takes.
+        patches: how many patches go through the vision tower.
+        tower: seconds of the vision tower.
+        encode: seconds of the causal pass over the soft tokens, at the start of a text.
+    """
+
+    soft_tokens: int
+    patches: int
+    tower: Spread
+    encode: Spread
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """The result of :func:`bench`.
 
@@ -123,8 +144,11 @@ class Benchmark:
         commit: seconds of the causal pass that puts a canvas after that prompt into the cache.
         token: seconds of one token of the causal mode after that prompt, including its choice.
         text: statistics of a text of ``text.new_tokens`` tokens after that prompt.
-        peak_rss: the process's largest resident memory in bytes, including loading. None if the system does not report it.
-        peak_device_memory: the most bytes that the framework held on its device. None if it does not count them.
+        images: images of the checkpoint's own budget and of the largest one that fits. Empty if images were not measured, the
+            checkpoint reads text only, or none fits.
+        peak_rss: the process's largest resident memory in bytes, including loading and without images. None if the system does
+            not report it.
+        peak_device_memory: the most bytes that the framework held on its device, without images. None if it does not count them.
     """
 
     machine: Machine
@@ -140,6 +164,7 @@ class Benchmark:
     commit: Spread
     token: Spread
     text: Statistics
+    images: tuple[ImageSpeed, ...]
     peak_rss: int | None
     peak_device_memory: int | None
 
@@ -183,15 +208,17 @@ def bench(
     repeats: int = REPEATS,
     warmup: int = WARMUP,
     seed: int = 0,
+    images: bool = True,
 ) -> Benchmark:
     """Measure a loaded model.
 
     Args:
         config: how to sample the text. No token ends the text, so ``config.max_new_tokens`` tokens are written.
         prompt_length: random tokens before the canvas.
-        repeats: measured runs of the prompt, the step, the commit and the causal token. The text is written once.
+        repeats: measured runs of the prompt, the step, the commit, the causal token and the images. The text is written once.
         warmup: runs of each before the measured ones.
-        seed: the seed of the random tokens and of the sampler.
+        seed: the seed of the random tokens and pixels, and of the sampler.
+        images: also measure images, if the checkpoint reads them.
 
     Raises InputError before anything is computed.
     """
@@ -209,6 +236,8 @@ def bench(
     steps = _step_seconds(backend, prompt, canvas, config, seed, repeats, warmup)
     each_token = [token.seconds for token in tokens][1 + warmup :]  # the first token's pass is that of the prompt
     blocks = [event for event in text if isinstance(event, Block)]
+    peak_rss, peak_device_memory = _peak_rss(), backend.peak_memory()
+    patches = _random_images(model, seed) if images else []
     return Benchmark(
         machine=Machine.this(),
         backend=backend.name,
@@ -223,8 +252,45 @@ def bench(
         commit=Spread.of(commit),
         token=Spread.of(each_token),
         text=statistics(prompt_length, config.max_new_tokens, blocks),
-        peak_rss=_peak_rss(),
-        peak_device_memory=backend.peak_memory(),
+        images=tuple(_image_speed(backend, each, repeats, warmup) for each in patches),
+        peak_rss=peak_rss,
+        peak_device_memory=peak_device_memory,
+    )
+
+
+def _random_images(model: ModelConfig, seed: int) -> list[Patches]:
+    """Images that fill the checkpoint's own budget, and the largest one with which a canvas still fits into the context."""
+    if model.vision is None:
+        return []
+    room = model.max_position_embeddings - model.canvas_length
+    side = model.vision.position_embedding_size // model.vision.pooling_kernel_size
+    sizes = {budget: _sides(budget) for budget in BUDGETS if budget <= room and max(_sides(budget)) <= side}
+    chosen = [budget for budget in sizes if budget in (model.vision.soft_tokens, max(sizes))]
+    return [random_picture(model.vision, *sizes[budget], seed, budget) for budget in chosen]
+
+
+def _sides(budget: int) -> tuple[int, int]:
+    """Rows and columns of an image of ``budget`` soft tokens that is nearly a square."""
+    rows = max(each for each in range(1, math.isqrt(budget) + 1) if budget % each == 0)
+    return rows, budget // rows
+
+
+def _image_speed(backend: Backend, image: Patches, repeats: int, warmup: int) -> ImageSpeed:
+    tokens, seen, encoded = np.zeros(image.soft_tokens, np.int32), [], []
+    features: list[Features] = []
+
+    def see() -> None:
+        features[:] = backend.see([image])
+
+    for _ in range(warmup + repeats):
+        seen.append(_seconds(see))
+        piece = Piece(tokens, backend.new_cache(), (ImageSpan(0, features[0]),))
+        encoded.append(_seconds(partial(backend.encode, [piece])))
+    return ImageSpeed(
+        soft_tokens=image.soft_tokens,
+        patches=len(image.pixels),
+        tower=Spread.of(seen[warmup:]),
+        encode=Spread.of(encoded[warmup:]),
     )
 
 

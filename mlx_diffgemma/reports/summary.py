@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from math import prod
 
 from mlx_diffgemma.backends import DTYPES
-from mlx_diffgemma.backends.memory import Memory
+from mlx_diffgemma.backends.memory import ITEMSIZE, Memory
 from mlx_diffgemma.backends.memory import memory as memory_of
-from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, part_of, quantized_modules
+from mlx_diffgemma.checkpoint import NORMS, PARTS, Checkpoint, Quantization, part_of
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointError, InputError
-from mlx_diffgemma.files import read_json
+from mlx_diffgemma.vision_config import BUDGETS
 from mlx_diffgemma.weights import Tensor
+
+#: The module that projects what the vision tower saw into the text model's embeddings. Some conversions quantize it.
+_PROJECTION = "embed_vision.embedding_projection"
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,32 @@ class StoredPart:
 
 
 @dataclass(frozen=True)
+class Images:
+    """How a checkpoint reads images.
+
+    Attributes:
+        layers: layers of the vision tower.
+        soft_tokens: how many tokens an image takes at most, unless the caller says otherwise.
+        budgets: what the caller may say.
+        projection: the format of the projection into the text model.
+        nbytes: bytes of the features of an image of ``soft_tokens``, for each dtype.
+    """
+
+    layers: int
+    soft_tokens: int
+    budgets: tuple[int, ...]
+    projection: str
+    nbytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Summary:
     """A checkpoint in numbers.
 
     Attributes:
         parts: the parts in the order of ``checkpoint.PARTS``, then the norms. Parts that the checkpoint does not have are left
             out.
+        images: None if the checkpoint reads text only.
         active_parameters: how many parameters of the text model one token uses. Only the chosen experts count.
         context: the number of committed positions that ``memory`` is computed for.
         memory: the memory for each dtype.
@@ -50,6 +73,7 @@ class Summary:
     config: ModelConfig
     generation: GenerationConfig
     parts: tuple[StoredPart, ...]
+    images: Images | None
     active_parameters: int
     context: int
     memory: Mapping[str, Memory]
@@ -79,17 +103,33 @@ def summarize(checkpoint: Checkpoint, context: int | None = None) -> Summary:
     if not 1 <= context <= config.max_position_embeddings:
         raise InputError(f"context must be from 1 to the model's {config.max_position_embeddings} tokens, got {context}")
     by_part: dict[str, dict[str, Tensor]] = {name: {} for name in (*PARTS, NORMS)}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in checkpoint.stored.items():
         by_part[part_of(name)][name] = tensor
-    by_part["vision"] = dict(checkpoint.vision)
-    vision_quantization = quantized_modules(read_json(checkpoint.folder / "config.json"), checkpoint.vision)
-    quantization = {**checkpoint.quantization, **vision_quantization}
-    parts = tuple(_part(name, tensors, quantization) for name, tensors in by_part.items() if tensors)
+    parts = tuple(_part(name, tensors, checkpoint.quantization) for name, tensors in by_part.items() if tensors)
     counts = {part.name: part.parameters for part in parts if part.name != "vision"}
     # A token uses only the chosen experts, but the whole embedding, which is also the output head.
     idle = counts.get("experts", 0) * (config.num_experts - config.top_k_experts) // config.num_experts
     memory = {dtype: memory_of(checkpoint, dtype, context) for dtype in DTYPES}
-    return Summary(config, checkpoint.generation, parts, sum(counts.values()) - idle, context, memory)
+    active = sum(counts.values()) - idle
+    return Summary(config, checkpoint.generation, parts, _images(checkpoint), active, context, memory)
+
+
+def _images(checkpoint: Checkpoint) -> Images | None:
+    vision = checkpoint.config.vision
+    if vision is None:
+        return None
+    packed = checkpoint.quantization.get(_PROJECTION)
+    weight = checkpoint.vision.get(f"{_PROJECTION}.weight")
+    if weight is None:
+        raise CheckpointError(f"the weights of {_PROJECTION} are missing; fetch them again")
+    size = vision.soft_tokens * checkpoint.config.hidden_size
+    return Images(
+        layers=vision.num_hidden_layers,
+        soft_tokens=vision.soft_tokens,
+        budgets=BUDGETS,
+        projection=weight.dtype if packed is None else str(packed),
+        nbytes={dtype: size * ITEMSIZE[dtype] for dtype in DTYPES},
+    )
 
 
 def _part(name: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> StoredPart:

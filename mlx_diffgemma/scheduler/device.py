@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Backend, Cache, Denoised, Piece, Row, check_rows, check_tokens
+from mlx_diffgemma.backends import Backend, Cache, Denoised, Features, Piece, Row, check_rows, check_tokens
+from mlx_diffgemma.vision.patches import Patches
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Counters:
         denoising_passes: passes of the model that denoised canvases.
         denoising_rows: canvases in all these passes. Equal to the number of passes if nothing was batched.
         encode_calls, encoded_tokens: passes that encoded or scored pieces, and the tokens in them.
+        seen_images: images that went through the vision tower; the frames of videos are images.
         device_seconds: wall time of all calls.
     """
 
@@ -37,6 +39,7 @@ class Counters:
     denoising_rows: int = 0
     encode_calls: int = 0
     encoded_tokens: int = 0
+    seen_images: int = 0
     device_seconds: float = 0.0
 
 
@@ -49,8 +52,12 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the causal pass reads for this call."""
-        return sum(len(part.tokens) for part in self.parts if isinstance(part, Piece))
+        """Tokens that the causal pass reads for this call, and patches that the vision tower reads."""
+        return sum(
+            len(part.tokens) if isinstance(part, Piece) else len(part.pixels)
+            for part in self.parts
+            if isinstance(part, Piece | Patches)
+        )
 
 
 class SharedBackend:
@@ -62,8 +69,13 @@ class SharedBackend:
     def __init__(self, backend: Backend, ask: Callable[[Call], Sequence[Any]]) -> None:
         self.name, self.device, self.dtype, self.config = backend.name, backend.device, backend.dtype, backend.config
         self.exact_rows = backend.exact_rows
-        self.new_cache, self.logits, self.peak_memory = backend.new_cache, backend.logits, backend.peak_memory
+        self.new_cache, self.peak_memory = backend.new_cache, backend.peak_memory
+        self.logits, self.vision_states = backend.logits, backend.vision_states
         self._ask = ask
+
+    def see(self, images: Sequence[Patches]) -> list[Features]:
+        # A turn is one image, as it is one piece.
+        return [self._ask(Call("see", [image]))[0] for image in images]
 
     def encode(self, pieces: Sequence[Piece]) -> None:
         self._by_piece("encode", pieces)
@@ -120,3 +132,5 @@ class Device:
         elif method in ("encode", "score"):
             self.counters.encode_calls += 1
             self.counters.encoded_tokens += sum(len(piece.tokens) for piece in parts)
+        elif method == "see":
+            self.counters.seen_images += len(parts)

@@ -1,16 +1,21 @@
 """Prepares requests in a thread of its own, beside the model: a step of one client's request after a step of another's.
 
 A client's text may be long, and reading it takes time: a chat template is rendered, and tokenizing a megabyte takes about a
-second. No request waits for more steps than there are other clients. A request that was cancelled or is late takes no further
-step.
+second. No request waits for more steps than there are other clients. A step that takes long, such as decoding a large image,
+counts as several: other clients then take several steps before the next one. A request that was cancelled or is late takes no
+further step.
 """
 
 import itertools
 import threading
 import time
+from time import thread_time
 from typing import Any, Protocol
 
 from mlx_diffgemma.scheduler.jobs import Job, Stopping, TimedOut
+
+#: Seconds of this thread's work that count as one step more.
+STEP_SECONDS = 0.05
 
 
 class Owner(Protocol):
@@ -73,7 +78,7 @@ class Preparation:
     def _step(self, job: Job) -> None:
         steps = job.request.prepare
         assert steps is not None
-        value, error = None, job.ended
+        value, error, started = None, job.ended, thread_time()
         if error is None:
             try:
                 next(steps)
@@ -83,12 +88,16 @@ class Preparation:
                 error = failure
             else:
                 with self._changed:
-                    self._served[job.client] = next(self._turns)
+                    self._count(job, started)
                 return
         steps.close()
         with self._changed:
             self.jobs.remove(job)
-            self._served[job.client] = next(self._turns)
+            self._count(job, started)
             if all(other.client != job.client for other in self.jobs):
                 del self._served[job.client]
         self._owner.prepared(job, value, error)
+
+    def _count(self, job: Job, started: float) -> None:
+        """Count a step of a job's client, which began at this time of the thread."""
+        self._served[job.client] = next(self._turns) + int((thread_time() - started) / STEP_SECONDS)

@@ -206,7 +206,7 @@ def infill_answer(options: Options, name: str, filled: Infill, *, prompt_tokens:
     """The response of ``/v1/infill``.
 
     Args:
-        prompt_tokens: tokens of the given text, without its holes.
+        prompt_tokens: tokens of the prompt, with its images, and of the given text, without its holes.
         between: whether the client sent a prefix or a suffix instead of a template. The hole's text is then also ``content``.
     """
     best = filled.fillings[0].candidate

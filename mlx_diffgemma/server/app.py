@@ -21,25 +21,36 @@ from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server import metrics
 from mlx_diffgemma.server.clients import Keys, Proxies
 from mlx_diffgemma.server.connections import Connections
+from mlx_diffgemma.server.downloads import Downloads
 from mlx_diffgemma.server.errors import ApiError
+from mlx_diffgemma.server.memory import RequestMemory
 from mlx_diffgemma.server.middleware import Guarded, Observed, error_response
+from mlx_diffgemma.server.parts import input_modalities
 from mlx_diffgemma.server.routes import ModelRoutes
 from mlx_diffgemma.server.settings import Settings
 
 #: The files of the page, each with its path and media type.
-PAGE = {"index.html": ("/", "text/html"), "page.js": ("/page.js", "text/javascript"), "page.css": ("/page.css", "text/css")}
+PAGE = {
+    "index.html": ("/", "text/html"),
+    "page.js": ("/page.js", "text/javascript"),
+    "pictures.js": ("/pictures.js", "text/javascript"),
+    "page.css": ("/page.css", "text/css"),
+}
 #: Paths that need no key: the page asks its user for the key, and a load balancer has none.
 OPEN_PATHS = ("/health", *(path for path, _ in PAGE.values()))
 
 
-def create_app(engine: Engine, settings: Settings) -> Starlette:
+def create_app(engine: Engine, settings: Settings, downloads: Downloads | None = None) -> Starlette:
     """Create the application. The caller starts and stops ``engine``. Raises CheckpointError or OSError if a file is missing.
+
+    ``downloads`` fetches images from URLs; by default it does what the settings say.
 
     Its ``state`` has the :class:`Connections <mlx_diffgemma.server.connections.Connections>` that
     :func:`~mlx_diffgemma.server.protocol.server_config` needs, and the metrics.
     """
     app, proxies = _App(engine, settings), Proxies(settings.trusted_proxies)
-    answers = ModelRoutes(engine, settings, app.metrics)
+    downloads = downloads or Downloads(settings.image_hosts, settings.max_image_bytes)
+    answers = ModelRoutes(engine, settings, app.metrics, downloads)
     routes = [
         *(Route(path, app.page(name, kind), methods=["GET"]) for name, (path, kind) in PAGE.items()),
         Route("/health", app.health, methods=["GET"]),
@@ -61,7 +72,14 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
         middleware=[
             Middleware(Observed, app.metrics),
             *([cors] if settings.cors_origins else []),
-            Middleware(Guarded, Keys(settings.api_keys), proxies, settings.hosts, OPEN_PATHS),
+            Middleware(
+                Guarded,
+                Keys(settings.api_keys),
+                proxies,
+                settings.hosts,
+                OPEN_PATHS,
+                RequestMemory(settings.request_memory),
+            ),
         ],
         exception_handlers={ApiError: _told, HTTPException: _no_route},
     )
@@ -111,4 +129,11 @@ class _App:
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self.settings.name, "object": "model", "created": self.started, "owned_by": "mlx-diffgemma"}
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "mlx-diffgemma",
+            "input_modalities": list(input_modalities(self.engine.model.config)),
+            "output_modalities": ["text"],
+        }

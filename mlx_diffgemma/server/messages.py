@@ -6,31 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
+from mlx_diffgemma.server import parts
 from mlx_diffgemma.server.errors import ApiError
 
 #: How deep a tool's schema and a call's arguments may be nested.
 MAX_DEPTH = 24
 
 _NAME = Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")
-_MEDIA = {"image": "images are", "audio": "audio is", "video": "video is", "file": "files are"}
-
-
-def _content(value: Any) -> Any:
-    """The content of a message: None, a string, or a list of text parts. Each part keeps its type and text only."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "the content must be a string or a list of parts of type text")
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise PydanticCustomError("content", "each part of the content must be an object with a type")
-        for medium, media_are in _MEDIA.items():
-            if medium in kind:
-                raise PydanticCustomError("content", f"{media_are} not supported; send text only")
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("content", "each part of the content must have the type text and a string as its text")
-    return [{"type": "text", "text": part["text"]} for part in value]
 
 
 def _arguments(value: Any) -> dict[str, Any]:
@@ -135,7 +117,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | list[Any] | None, BeforeValidator(_content)] = None
+    content: Annotated[str | list[Any] | None, BeforeValidator(parts.content)] = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[_Call], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -155,7 +137,7 @@ class Message(BaseModel):
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
-    """Refuse messages without a field that their role needs, and tool results without a tool call."""
+    """Refuse messages without a field that their role needs, tool results without a tool call, and images of the assistant."""
     called: set[str] = set()
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
@@ -164,6 +146,9 @@ def check_conversation(messages: Sequence[Message]) -> None:
             raise ApiError(400, f"{where}.tool_calls: only the assistant can call tools", param=f"{where}.tool_calls")
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             raise ApiError(400, f"{where}.content is missing", param=f"{where}.content")
+        if message.role == "assistant" and parts.has_media(message.content):
+            told = "the assistant writes text only; put images and videos into a message of the user, or into a tool's result"
+            raise ApiError(400, f"{where}.content: {told}", param=f"{where}.content")
         if message.role == "tool" and message.tool_call_id not in called:
             raise ApiError(
                 400, f"{where}.tool_call_id matches no tool call in the messages before it", param=f"{where}.tool_call_id"

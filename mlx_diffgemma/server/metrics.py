@@ -98,6 +98,7 @@ class _Passes(Collector):
             ("denoising_passes", "Passes of the model that denoised canvases.", self.counters.denoising_passes),
             ("denoising_rows", "Canvases in all denoising passes.", self.counters.denoising_rows),
             ("encoded_tokens", "Tokens encoded or scored, in prompts and replies.", self.counters.encoded_tokens),
+            ("seen_images", "Images and frames that went through the vision tower.", self.counters.seen_images),
             ("device_seconds", "Seconds that the model has computed.", self.counters.device_seconds),
         ):
             yield CounterMetricFamily(f"mlx_diffgemma_{name}", what, value=value)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_diffgemma.server.clients import Keys, Proxies, parse_address
 from mlx_diffgemma.server.errors import ApiError
+from mlx_diffgemma.server.memory import RequestMemory
 from mlx_diffgemma.server.metrics import Metrics
 
 log = logging.getLogger("mlx_diffgemma.server")
@@ -22,6 +23,8 @@ log = logging.getLogger("mlx_diffgemma.server")
 LEFT = 499
 #: Seconds in which a client must send its body, and the rest of a body that is refused before it is read.
 BODY_SECONDS, REFUSED_BODY_SECONDS = 30.0, 5.0
+#: Bytes of a body that give its client one second more; and of a body that is refused, up to the seconds of one that is not.
+BODY_BYTES, REFUSED_BODY_BYTES = 1 << 18, 1 << 20
 
 #: The page may use its own script and style and talk to its own server, nothing else. No other page may show it in a frame.
 SECURITY_HEADERS = {
@@ -66,16 +69,23 @@ class Observed:
             unread = message["type"] == "http.request" and message.get("more_body", False)
             return message
 
+        async def rest() -> None:
+            """Read the rest of the body, longer if it arrives fast."""
+            began, size = asyncio.get_running_loop().time(), 0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFUSED_BODY_SECONDS) as limit:
+                    while unread:
+                        size += len((await received()).get("body", b""))
+                        limit.reschedule(began + min(REFUSED_BODY_SECONDS + size / REFUSED_BODY_BYTES, BODY_SECONDS))
+
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 # Read the rest of the body first: if the connection closes while the client still writes, it is reset, and the
                 # client may lose the response.
                 status = message["status"]
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(REFUSED_BODY_SECONDS):
-                        while unread and status != 408:  # 408: the server has already waited for the body
-                            await received()
+                if status != 408:  # the server has already waited for the body
+                    await rest()
                 headers = MutableHeaders(scope=message)
                 state["event_stream"] = headers.get("content-type", "").startswith("text/event-stream")
                 for name, value in SECURITY_HEADERS.items():
@@ -117,15 +127,25 @@ class Guarded:
     a request without the header, because browsers always send it.
 
     The request's state then has ``client``, a name that stands for one client (its key if there are several keys, else its
-    address), and ``key_name``, None without a key. A proxy's connection counts as its client's during the request.
+    address), ``key_name``, None without a key, and ``held``, the memory that the request holds until its response has ended. A
+    proxy's connection counts as its client's during the request.
 
     Args:
         hosts: names that the Host header may have, without the port; empty for any.
         open_paths: paths that need no key.
+        memory: counts what the requests hold.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, proxies: Proxies, hosts: Collection[str], open_paths: Collection[str]) -> None:
-        self.app, self.keys, self.proxies = app, keys, proxies
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        proxies: Proxies,
+        hosts: Collection[str],
+        open_paths: Collection[str],
+        memory: RequestMemory,
+    ) -> None:
+        self.app, self.keys, self.proxies, self.memory = app, keys, proxies, memory
         self.hosts, self.open_paths = {host.lower() for host in hosts}, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,12 +159,14 @@ class Guarded:
         state["key_name"] = self.keys.name_of(key) if key else None
         state["client"] = state["key_name"] if state["key_name"] and len(self.keys) > 1 else address
         connection = state.get("connection")  # None if another server runs the application
+        state["held"] = self.memory.held(state["client"])
         try:
             refusal = self._refusal(scope["path"], headers, key, state["key_name"])
             if refusal is None and connection is not None and not connection.claim(address):
                 refusal = too_many_connections()
             await (error_response(refusal) if refusal else self.app)(scope, receive, send)
         finally:
+            state["held"].close()
             if connection is not None:
                 connection.release()
 
@@ -182,27 +204,36 @@ def _host(header: str) -> str:
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0].removesuffix(".")
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read a JSON body, and stop when it exceeds ``max_bytes``. Raises ApiError."""
+async def read_body(request: Request, max_bytes: int, hint: str = "") -> bytearray:
+    """Read a JSON body, and stop when it exceeds ``max_bytes``. The request's memory counts its bytes.
+
+    Raises ApiError; ``hint`` is the end of its message about the size.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the body must be JSON; send it with Content-Type: application/json")
     too_large = ApiError(
         413,
-        f"the body is larger than this server's limit of {max_bytes} bytes",
+        f"the body is larger than this server's limit of {max_bytes} bytes{hint}",
         code="body_too_large",
         headers={"Connection": "close"},
     )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise too_large
+    # Counted at once: if bodies were counted as they arrive, many at the same time could all fail.
+    announced = int(length) if length.isdecimal() else 0
+    request.state.held.take(announced)
     body = bytearray()
+    end = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout_at(end) as limit:
             async for chunk in request.stream():
                 body += chunk
+                request.state.held.set(max(announced, len(body)))
                 if len(body) > max_bytes:
                     raise too_large
+                limit.reschedule(end + len(body) / BODY_BYTES)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", headers={"Connection": "close"}) from None
-    return bytes(body)
+    return body

@@ -4,20 +4,22 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent, reply
 from mlx_diffgemma.editing.infilling import PreparedInfill, parse_template, prepare_infill
 from mlx_diffgemma.errors import ComputationError
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import Context, PrefixCache, read, settle
+from mlx_diffgemma.prompts import PromptTokens
 from mlx_diffgemma.scheduler.engine import Engine
+from mlx_diffgemma.server import parts
 from mlx_diffgemma.server.errors import ApiError
+from mlx_diffgemma.server.memory import Held
 from mlx_diffgemma.server.requests import ChatRequest, CompletionRequest, InfillRequest, Options
 from mlx_diffgemma.server.settings import Settings
 from mlx_diffgemma.settling import Settled
 from mlx_diffgemma.steps import Steps
+from mlx_diffgemma.vision.media import split_media_steps
+from mlx_diffgemma.vision.sources import TooManyTokens
 from mlx_diffgemma.writing import Generation, Writing, sampling_config, write
 
 
@@ -26,14 +28,14 @@ class Question:
     """Prompts that are ready to be encoded, and how to answer them. Of n choices each, choice i of prompt p has number p * n + i.
 
     Attributes:
-        prompts: token ids, each int32 [N].
+        prompts: their tokens and images.
         seeds: one per choice.
         writing: how to write each choice, except for its seed.
         salt: see :func:`~mlx_diffgemma.prefix_cache.read`.
         markup: whether thoughts and tool calls are separated from the content.
     """
 
-    prompts: tuple[NDArray[np.int32], ...]
+    prompts: tuple[PromptTokens, ...]
     seeds: tuple[int, ...]
     writing: Writing
     salt: str
@@ -74,14 +76,25 @@ class Question:
         return lambda: settle(model.backend, context, tokens, model.piece_rule, kept, step=step)
 
 
-def chat_question(model: DiffusionGemma, chat: ChatRequest, settings: Settings, salt: str) -> Steps[Question]:
-    """Render and tokenize a conversation, in steps. Raises InputError or ApiError."""
-    _check_size(model, chat.texts(), settings)
-    ids = yield from model.tokenizer.chat_steps(chat.messages, tools=list(chat.tools) or None, enable_thinking=chat.thinking)
-    return _question(model, [model.prompt_ids(ids)], chat.options, settings, salt, markup=True)
+@dataclass(frozen=True)
+class Sender:
+    """Who sent a request: the salt of what it shares (see :func:`~mlx_diffgemma.prefix_cache.read`), and the memory it holds."""
+
+    salt: str
+    held: Held
 
 
-def completion_question(model: DiffusionGemma, completion: CompletionRequest, settings: Settings, salt: str) -> Steps[Question]:
+def chat_question(model: DiffusionGemma, chat: ChatRequest, settings: Settings, sender: Sender) -> Steps[Question]:
+    """Read the images of a conversation, render it and tokenize it, in steps. Raises InputError or ApiError."""
+    _check_size(model, parts.texts(chat.messages), settings)
+    messages = yield from _with_media_read(model, chat.messages, settings, sender.held)
+    prompt = yield from model.prompt_steps(messages, tools=list(chat.tools) or None, enable_thinking=chat.thinking)
+    return _question(model, [prompt], chat.options, settings, sender.salt, markup=True)
+
+
+def completion_question(
+    model: DiffusionGemma, completion: CompletionRequest, settings: Settings, sender: Sender
+) -> Steps[Question]:
     """Tokenize raw texts in steps, each behind the beginning-of-sequence token. Raises InputError or ApiError."""
     begin = model.tokenizer.bos_token_id
     prompts = []
@@ -91,20 +104,21 @@ def completion_question(model: DiffusionGemma, completion: CompletionRequest, se
             ids = yield from model.tokenizer.encode_steps(prompt)
         else:
             ids = list(prompt)
-        prompts.append(model.prompt_ids(ids if ids[:1] == [begin] else [begin, *ids]))
-    return _question(model, prompts, completion.options, settings, salt, markup=False)
+        prompts.append((yield from model.prompt_steps(ids if ids[:1] == [begin] else [begin, *ids])))
+    return _question(model, prompts, completion.options, settings, sender.salt, markup=False)
 
 
-def infill_question(model: DiffusionGemma, request: InfillRequest, settings: Settings) -> Steps[PreparedInfill]:
-    """Tokenize a template and its prompt, in steps. Raises InputError or ApiError."""
+def infill_question(model: DiffusionGemma, request: InfillRequest, settings: Settings, held: Held) -> Steps[PreparedInfill]:
+    """Read the images of a prompt, and tokenize it and its template, in steps. Raises InputError or ApiError."""
     options, template = request.options, request.template
-    parts = parse_template(template, request.marker) if isinstance(template, str) else template
-    _check_size(model, (part for part in parts if isinstance(part, str)), settings)
+    pieces = parse_template(template, request.marker) if isinstance(template, str) else template
+    _check_size(model, (piece for piece in pieces if isinstance(piece, str)), settings)
+    messages = yield from _with_media_read(model, request.messages, settings, held)
     return (
         yield from prepare_infill(
             model,
-            parts,
-            prompt=request.prompt,
+            pieces,
+            prompt=messages or request.prompt,
             raw=request.raw,
             system=request.system,
             seed=_fresh_seed() if options.seed is None else options.seed,
@@ -114,17 +128,41 @@ def infill_question(model: DiffusionGemma, request: InfillRequest, settings: Set
     )
 
 
+def _with_media_read(model: DiffusionGemma, messages: parts.Messages, settings: Settings, held: Held) -> Steps[parts.Messages]:
+    """Messages whose images and videos are decoded and cut into patches, one image a step. Paths and URLs are refused.
+
+    The bytes of all patches are counted before the first image is decoded, and no more soft tokens are read than the context has
+    room for.
+    """
+    vision, media = model.config.vision, list(parts.media(messages))
+    if vision is None or not media:
+        return messages
+    room, each = _most_tokens(model, settings), 3 * vision.side**2
+    held.take(each * min(room, sum(parts.most_soft_tokens(one, vision) for one in media)))
+    try:
+        split, read = yield from split_media_steps(messages, vision, allow_paths=False, max_soft_tokens=room)
+    except TooManyTokens as wrong:
+        raise _too_long(str(wrong)) from None
+    held.set(sum(image.nbytes for one in read for image in one.images))
+    return parts.with_media(split, read)
+
+
 def _check_size(model: DiffusionGemma, texts: Iterable[str], settings: Settings) -> None:
     """Refuse texts with more bytes than the allowed tokens can hold, before anything is done with them."""
-    context, longest = model.backend.config.max_position_embeddings, model.tokenizer.longest_token
-    most = min(context, settings.max_prompt_tokens or context)
+    most, longest = _most_tokens(model, settings), model.tokenizer.longest_token
     size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
     if longest is not None and size > most * longest:
         raise _too_long(f"the prompt has {size} bytes, more than {most} tokens can hold")
 
 
+def _most_tokens(model: DiffusionGemma, settings: Settings) -> int:
+    """Tokens of a prompt at most."""
+    context = model.backend.config.max_position_embeddings
+    return min(context, settings.max_prompt_tokens or context)
+
+
 def _question(
-    model: DiffusionGemma, prompts: list[NDArray[np.int32]], options: Options, settings: Settings, salt: str, *, markup: bool
+    model: DiffusionGemma, prompts: list[PromptTokens], options: Options, settings: Settings, salt: str, *, markup: bool
 ) -> Question:
     generation = model.checkpoint.generation
     canvas = 1 if options.mode == "causal" else generation.canvas_length or model.backend.config.canvas_length

@@ -1,15 +1,15 @@
 """Request bodies: checks the JSON, and turns it into our own options.
 
 There are three kinds of fields. Known fields are checked strictly. OpenAI's fields that the server cannot support (a response
-format, a penalty, an image) are refused, unless they ask for nothing. All other fields are ignored; their names are in
+format, a penalty, audio) are refused, unless they ask for nothing. All other fields are ignored; their names are in
 :attr:`Options.ignored`, and the response repeats them.
 
 The first mistake raises an :class:`~mlx_diffgemma.server.errors.ApiError`: one line that names the field.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -17,8 +17,10 @@ from pydantic_core import PydanticCustomError, from_json
 
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.editing.infilling import LEAST, MARKER, MOST, Hole
+from mlx_diffgemma.server import parts
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.messages import Message, Tool, check_conversation, levels, template_messages
+from mlx_diffgemma.server.settings import Settings
 
 #: How deep objects and lists may be nested. Templates walk them on Python's own stack.
 MAX_DEPTH = 32
@@ -26,8 +28,8 @@ MAX_DEPTH = 32
 MAX_CHOICES = 16
 #: A temperature below this counts as 0, which is greedy: float32 logits divided by a smaller number may overflow.
 MIN_TEMPERATURE = 1e-3
-#: Ignored fields that a response names at most.
-MAX_IGNORED = 32
+#: Ignored fields that a response names at most, and the characters that it repeats of a field's name.
+MAX_IGNORED, MAX_NAME = 32, 100
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,19 @@ class Options:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation to reply to, with messages and tools in the form that the chat template reads."""
+    """A conversation to reply to, with messages and tools in the form that the chat template reads.
 
-    messages: tuple[dict[str, Any], ...]
+    The messages have their images and videos in the form of :mod:`mlx_diffgemma.server.parts`.
+    """
+
+    messages: parts.Messages
     tools: tuple[dict[str, Any], ...]
     thinking: bool
     options: Options
 
-    def texts(self) -> Iterator[str]:
-        """The contents of the messages."""
-        return _contents(self.messages)
+    def with_sources(self, change: Callable[[Any], Any]) -> "ChatRequest":
+        """The request, with ``change`` applied to the source of each image and video."""
+        return replace(self, messages=parts.with_sources(self.messages, change))
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ class CompletionRequest:
 
     prompts: tuple[str | tuple[int, ...], ...]
     options: Options
+    messages: parts.Messages = ()
+
+    def with_sources(self, change: Callable[[Any], Any]) -> "CompletionRequest":
+        """The request itself: raw prompts have no images."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -116,21 +126,21 @@ class InfillRequest:
 
     template: str | tuple[str | Hole, ...]
     marker: str
-    prompt: str | tuple[dict[str, Any], ...] | None
+    prompt: str | parts.Messages | None
     raw: bool
     system: str | None
     between: bool
     canvas_length: int | None
     options: Options
 
+    @property
+    def messages(self) -> parts.Messages:
+        """The messages of the prompt, if it is a conversation."""
+        return self.prompt if isinstance(self.prompt, tuple) else ()
 
-def _contents(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            yield content
-        elif isinstance(content, list):
-            yield from (part["text"] for part in content)
+    def with_sources(self, change: Callable[[Any], Any]) -> "InfillRequest":
+        """The request, with ``change`` applied to the source of each image and video."""
+        return replace(self, prompt=parts.with_sources(self.messages, change)) if self.messages else self
 
 
 def _one_or_more(value: Any) -> Any:
@@ -240,14 +250,15 @@ def _nothing(value: Any) -> bool:
 
 
 def _text_only(value: Any) -> bool:
+    """Whether a reply of text is asked for."""
     return value in (None, ["text"], {"type": "text"})
 
 
 #: OpenAI's fields that the server cannot support. For each: whether a value asks for nothing, and why others are refused.
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "response_format": (_text_only, "the server can only promise plain text"),
-    "modalities": (_text_only, "only text is supported"),
-    "audio": (_nothing, "only text is supported"),
+    "modalities": (_text_only, "the model writes text only"),
+    "audio": (_nothing, "the model writes text only"),
     "frequency_penalty": (_nothing, "the sampler has no penalties"),
     "presence_penalty": (_nothing, "the sampler has no penalties"),
     "logit_bias": (_nothing, "the sampler has no biases"),
@@ -268,8 +279,14 @@ _UNSUPPORTED_IN_INFILLS = _UNSUPPORTED | {
 }
 
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body. Raises ApiError for other JSON, too many levels, and invalid numbers or text."""
+def read_json(body: bytes | bytearray, max_values: int = 1 << 20) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises ApiError for other JSON, too many levels, invalid numbers or text, and more than ``max_values`` values: each takes many
+    times the memory of its text. Images, as base64, have none of the characters that separate values.
+    """
+    if sum(body.count(separator) for separator in (b",", b"[", b"{")) > max_values:
+        raise ApiError(413, f"the body has more than {max_values} values", code="body_too_large")
     try:
         content = from_json(body, allow_inf_nan=False)
     except ValueError as wrong:
@@ -278,6 +295,32 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body must be a JSON object")
     check_values(content)
     return content
+
+
+def check_media(
+    asked: "ChatRequest | CompletionRequest | InfillRequest", body: bytes | bytearray, limits: Settings, *, reads_images: bool
+) -> None:
+    """Refuse images and videos that the model does not read, and a request whose text or whose images are too large.
+
+    Args:
+        body: the body that the request was read from.
+    """
+    media = list(parts.media(asked.messages))
+    if media and not reads_images:
+        raise ApiError(400, "this model reads text only; leave the images out", code="unsupported_value")
+    size = sum(len(each.source) for each in media)
+    if size > limits.max_image_bytes:
+        message = f"the images have {size} bytes as sent, more than this server's limit of {limits.max_image_bytes}"
+        raise ApiError(413, message, code="images_too_large")
+    text = len(body) - size - body.count(rb"\/")  # some clients write the slashes of base64 so
+    if text > limits.max_body:
+        message = f"the body has {text} bytes without its images, more than this server's limit of {limits.max_body}"
+        raise ApiError(413, message, code="body_too_large")
+
+
+def web_urls(asked: "ChatRequest | CompletionRequest | InfillRequest") -> list[str]:
+    """The URLs of a request's images and videos that must be fetched, each once."""
+    return list(dict.fromkeys(each.source for each in parts.media(asked.messages) if parts.is_web(each.source)))
 
 
 def check_values(content: Any) -> None:
@@ -401,13 +444,13 @@ def _parsed(kind: type[Body], content: Mapping[str, Any], unsupported: Mapping[s
 
 def _place(location: Sequence[str | int]) -> str:
     """The path of a field, written as in JavaScript: ``messages[0].content``."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step[:MAX_NAME]}" for step in location).lstrip(".")
 
 
 def _ignored(model: BaseModel, prefix: str = "") -> Iterator[str]:
     """The names of a body's unknown fields, including those inside known fields, each once."""
     seen = set()
-    for name in _unknown(model, prefix):
+    for name in (name[:MAX_NAME] for name in _unknown(model, prefix)):
         if name not in seen:
             seen.add(name)
             yield name

@@ -1,7 +1,9 @@
 """The routes that use the model: each reads a request, runs it on the engine, and sends the response."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -10,22 +12,28 @@ from starlette.responses import Response
 
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.editing.infilling import Infill, PreparedInfill
+from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.prefix_cache import PrefixCache
 from mlx_diffgemma.sampler import Draft
 from mlx_diffgemma.scheduler.engine import Engine
 from mlx_diffgemma.server import requests
 from mlx_diffgemma.server.answers import Answer, ChatAnswer, CompletionAnswer, encoded, infill_answer
+from mlx_diffgemma.server.downloads import Downloads
 from mlx_diffgemma.server.metrics import Metrics
 from mlx_diffgemma.server.middleware import LEFT, read_body
-from mlx_diffgemma.server.preparing import Question, chat_question, completion_question, infill_question
+from mlx_diffgemma.server.preparing import Question, Sender, chat_question, completion_question, infill_question
+from mlx_diffgemma.server.requests import Options
 from mlx_diffgemma.server.settings import Settings
-from mlx_diffgemma.server.streaming import EventStream, Left, Running
+from mlx_diffgemma.server.streaming import EventStream, Left, Running, while_connected
 from mlx_diffgemma.steps import Steps
 from mlx_diffgemma.writing import Content, Reasoning, ToolCall
 
+A = TypeVar("A", requests.ChatRequest, requests.CompletionRequest, requests.InfillRequest)
 P = TypeVar("P")
 T = TypeVar("T")
 
+#: Larger bodies are parsed one at a time. To parse 32 MiB takes 0.1 s, in which the server does nothing else.
+LARGE = 1 << 20
 #: Events that become text or tool calls in a response.
 _PARTS = (Reasoning, Content, ToolCall)
 
@@ -33,53 +41,78 @@ _PARTS = (Reasoning, Content, ToolCall)
 class ModelRoutes:
     """The routes of one engine. They share a prefix cache, which keeps keys and values from request to request."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
-        self.engine, self.settings, self.metrics = engine, settings, metrics
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, downloads: Downloads) -> None:
+        self.engine, self.settings, self.metrics, self.downloads = engine, settings, metrics, downloads
         self.kept = PrefixCache(settings.cache_memory)
         metrics.watch(self.kept)
         tokenizer = engine.model.tokenizer
+        self._large = asyncio.Lock()  # other tasks have their turn between two large bodies
         self.cell = lru_cache(1 << 16)(lambda token: tokenizer.decode([token]))
 
     async def chat(self, request: Request) -> Response:
-        chat = requests.chat_request(await self._body(request))
-        return await self._answered(request, chat_question, chat, ChatAnswer)
+        return await self._answered(request, requests.chat_request, chat_question, ChatAnswer)
 
     async def completions(self, request: Request) -> Response:
-        completion = requests.completion_request(await self._body(request))
-        return await self._answered(request, completion_question, completion, CompletionAnswer)
+        return await self._answered(request, requests.completion_request, completion_question, CompletionAnswer)
 
     async def infill(self, request: Request) -> Response:
-        asked = requests.infill_request(await self._body(request))
-        self.settings.check_model(asked.options.model)
         model, batch = self.engine.model, self.engine.limits.batch
 
         def work(prepared: PreparedInfill) -> Iterator[Infill]:
             yield prepared.fill(model, batch)
 
         try:
-            async with self._running(request, infill_question(model, asked, self.settings), work) as running:
+            asked = await self._read(request, requests.infill_request)
+            options, between = asked.options, asked.between
+            prepare = infill_question(model, asked, self.settings, request.state.held)
+            del asked  # its images may be large, and only the preparation needs them
+            async with self._running(request, prepare, work) as running:
                 prepared = await running.prepared()
                 [filled] = [event async for event in running if event is not None]
         except Left:
             return self._left()
-        tokens = prepared.known_tokens
-        return _json(infill_answer(asked.options, self.settings.name, filled, prompt_tokens=tokens, between=asked.between))
+        tokens = len(prepared.before) + prepared.known_tokens
+        return _json(infill_answer(options, self.settings.name, filled, prompt_tokens=tokens, between=between))
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        return requests.read_json(await read_body(request, self.settings.max_body))
+    async def _read(self, request: Request, parse: Callable[[dict[str, Any]], A]) -> A:
+        """Read a request, and fetch its images that are at URLs. Raises ApiError, Left."""
+        limits, reads_images = self.settings, self.engine.model.config.vision is not None
+        with_images = reads_images and parse is not requests.completion_request
+        hint = "" if reads_images else "; this model reads text only, and no images"
+        body = await read_body(request, limits.max_body + (limits.max_image_bytes if with_images else 0), hint)
+        async with self._large if len(body) > LARGE else nullcontext():
+            await asyncio.sleep(0)
+            asked = parse(requests.read_json(body, limits.max_body))
+        limits.check_model(asked.options.model)
+        requests.check_media(asked, body, limits, reads_images=reads_images)
+        urls = requests.web_urls(asked)
+        if not urls:
+            return asked
+        del body
+        started = time.perf_counter()
+        work = self.downloads.fetch(urls, request.state.client, request.state.held)
+        fetched = await while_connected(request.receive, work)
+        request.state.fetch_seconds = time.perf_counter() - started
+        return asked.with_sources(lambda source: fetched.get(source, source))
 
     def _running(self, request: Request, prepare: Steps[P], work: Callable[[P], Iterator[T]]) -> Running[P, T]:
-        return Running(self.engine, prepare, work, request.receive, client=request.state.client, seconds=self.settings.timeout)
+        seconds = self.settings.timeout
+        if seconds is not None:
+            seconds = max(0.0, seconds - getattr(request.state, "fetch_seconds", 0.0))
+        return Running(self.engine, prepare, work, request.receive, client=request.state.client, seconds=seconds)
 
     async def _answered(
         self,
         request: Request,
-        prepare: Callable[..., Steps[Question]],
-        asked: requests.ChatRequest | requests.CompletionRequest,
+        parse: Callable[[dict[str, Any]], A],
+        prepare: Callable[[DiffusionGemma, A, Settings, Sender], Steps[Question]],
         kind: type[Answer],
     ) -> Response:
-        options = asked.options
-        self.settings.check_model(options.model)
+        try:
+            asked = await self._read(request, parse)
+        except Left:
+            return self._left()
+        options: Options = asked.options
         wanted = (*(_PARTS if options.stream else ()), *((Draft,) if options.drafts else ()), Reply)
 
         def work(question: Question) -> Iterator[tuple[int, ReplyEvent]]:
@@ -90,7 +123,9 @@ class ModelRoutes:
 
         # Neither cached_tokens nor the time of a response tells what was asked under another key, or with another salt.
         salt = f"{getattr(request.state, 'key_name', None) or ''}\0{options.cache_salt or ''}"
-        running = self._running(request, prepare(self.engine.model, asked, self.settings, salt), work)
+        steps = prepare(self.engine.model, asked, self.settings, Sender(salt, request.state.held))
+        del asked  # its images may be large, and only the preparation needs them
+        running = self._running(request, steps, work)
         heard = self._listener(request)
         if options.stream:
             return EventStream(running, begin, heard, self._left)

@@ -42,7 +42,12 @@ class Settings:
             the name of its key, else by its address.
         max_tokens: tokens to write at most when a request does not say.
         max_prompt_tokens: tokens of one prompt at most; None for as many as fit the model's context.
-        max_body: bytes of a request body at most.
+        max_body: bytes of a request body at most, without its images.
+        max_image_bytes: bytes of the images and videos of a request at most, as they are sent, or fetched from their URLs.
+        image_hosts: hosts whose http and https URLs the server fetches images from; see
+            :class:`~mlx_diffgemma.server.downloads.Downloads`.
+        request_memory: bytes that all requests may hold at the same time, beyond the first MiB of each: bodies, images that were
+            fetched, and images that were read. A client may have half of it.
         timeout: seconds that a request may take, including the time in the queue; None for no limit.
         cache_memory: bytes of keys and values that are kept from earlier requests, at most.
         cors_origins: other sites whose pages may use this server.
@@ -56,6 +61,9 @@ class Settings:
     max_tokens: int = 2048
     max_prompt_tokens: int | None = None
     max_body: int = 1 << 20
+    max_image_bytes: int = 32 << 20
+    image_hosts: tuple[str, ...] = ()
+    request_memory: int = 2 << 30
     timeout: float | None = 600
     cache_memory: int = MAX_BYTES
     cors_origins: tuple[str, ...] = ()

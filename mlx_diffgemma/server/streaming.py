@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -32,6 +32,26 @@ KEEP_ALIVE_SECONDS = 10.0
 
 class Left(Exception):
     """The client has left."""
+
+
+async def gone(receive: Receive) -> None:
+    """Wait until the client has closed its connection. Its whole request has arrived."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work``, and cancel it when the client leaves. Raises :class:`Left` then."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Left
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 class Running(Generic[P, T]):
@@ -80,8 +100,7 @@ class Running(Generic[P, T]):
         self._job.cancel()  # does nothing if it has finished
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await gone(self._receive)
         self._mailbox.deliver(Left())
 
     async def prepared(self) -> P:

@@ -150,7 +150,6 @@ _OPTIONAL |= {"partial_rotary_factor", "per_layer_config"}
 def _values(file: Path) -> Iterator[Damage]:
     """Each field of a JSON file replaced by each poison, and removed."""
     content = json.loads(file.read_text())
-    content.pop("vision_config", None)
     for path in _paths(content):
         name = path[-1] if isinstance(path[-1], str) and not path[-1].isdigit() else str(path[-2])
         where = f"{file.name} {'.'.join(map(str, path))}"
@@ -165,11 +164,15 @@ def _values(file: Path) -> Iterator[Damage]:
 
 
 def _is_unread(file: str, path: tuple[Any, ...]) -> bool:
-    """Whether a field that has the name of one that is read is another one."""
+    """Whether a field that has the name of one that is read is another one. Of the vision tower, only crashes are looked for."""
     own = {"model_type", "canvas_length", "image_token_id", "text_config"}
     if file == "generation_config.json":
         return False
-    return (len(path) == 1 and path[0] not in own) or (path[0] == "text_config" and path[-1] in {"model_type", *_GENERATION})
+    return (
+        path[0] == "vision_config"
+        or (len(path) == 1 and path[0] not in own)
+        or (path[0] == "text_config" and path[-1] in {"model_type", *_GENERATION})
+    )
 
 
 _GENERATION = {"pad_token_id", "eos_token_id", "bos_token_id"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzz.stored import FILE, INDEX, PACKED, PLAIN, Entry, Expected, Harm, Tensors, is_vision, kind, read, write
+from fuzz.stored import FILE, INDEX, PACKED, PLAIN, Entry, Expected, Harm, Tensors, kind, read, write
 from support.checkpoints import edit_json
 
 # --- special files ---
@@ -220,7 +220,7 @@ def twins_alone(folder: Path, random: Random) -> Harm:
 @kind(*PACKED)
 def bad_packing(folder: Path, random: Random) -> Harm:
     tensors = read(folder / FILE)
-    weights = [name for name, one in tensors.items() if one.dtype == "U32" and not is_vision(name)]
+    weights = [name for name, one in tensors.items() if one.dtype == "U32"]
     name = random.choice(weights)
     scales, biases = (name.removesuffix("weight") + part for part in ("scales", "biases"))
     what = random.choice(("words I32", "words F32", "scales I8", "scales gone", "scales F64", "biases", "weight gone"))

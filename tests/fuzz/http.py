@@ -1,6 +1,7 @@
 """Hostile and broken HTTP requests and connections, while honest clients ask on.
 
-The server is the real command with the Sudoku model. An attack sends whatever it likes, but the server's behaviour is fixed: each
+The servers are the real command: one with the Sudoku model, and one with a model of random weights that reads images, which gets
+the attacks with images. An attack sends whatever it likes, but the server's behaviour is fixed: each
 response is valid HTTP with one of the expected statuses, an error is OpenAI's error object of one line, and nothing takes longer
 than :data:`PATIENCE`. The honest clients' responses must be those of the library. At the end the log has no traceback, and the
 server stops with status 0.
@@ -26,6 +27,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+
+from fuzz import images
+from support.checkpoints import SEEING_SHAPE, make_chat_checkpoint
 
 ROOT = Path(__file__).parents[2]
 #: Seconds in which every attack must have its response or lose its connection.
@@ -93,11 +97,11 @@ class Findings:
 
 
 @asynccontextmanager
-async def served(findings: Findings, *options: str) -> AsyncIterator[tuple[str, int, int]]:
+async def served(findings: Findings, model: str, *options: str) -> AsyncIterator[tuple[str, int, int]]:
     """Start the command; yields host, port and process id. Checks its log and exit status at the end."""
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()", "serve", "sudoku", "--port", "0", *options]
+        command = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()", "serve", model, "--port", "0", *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with (
             log.open("w") as errors,
@@ -294,7 +298,7 @@ class Attack:
     async def half_closed(self) -> bytes:
         """A valid request whose client then closes its writing side: it gets its response."""
         response = await self.sent(self.request("/v1/completions", json.dumps(BODIES["/v1/completions"]).encode()), shut=True)
-        return response if re.search(rb"HTTP/1.1 (200|429|503) ", response) else b"no response: " + response
+        return response if re.search(rb"HTTP/1.1 (200|429|503|504) ", response) else b"no response: " + response
 
     async def in_two_parts(self) -> bytes:
         path = self.rng.choice(list(BODIES))
@@ -353,6 +357,7 @@ ATTACKS: list[tuple[Callable[[Attack], Coroutine[Any, Any, bytes]], int]] = [
     (Attack.silent, 4),
     (Attack.crowd, 1),
     (Attack.pipelined, 2),
+    *images.ATTACKS,
 ]
 
 
@@ -378,10 +383,20 @@ def check(response: bytes) -> str | None:
     return None
 
 
-async def attack(host: str, port: int, rng: random.Random, findings: Findings, headers: Mapping[str, str] | None = None) -> None:
-    """One attack of a random kind."""
+async def attack(
+    host: str,
+    port: int,
+    rng: random.Random,
+    findings: Findings,
+    headers: Mapping[str, str] | None = None,
+    *,
+    sees: tuple[str, int] | None = None,
+) -> None:
+    """One attack of a random kind. One with images goes to the server at ``sees``, if there is one."""
     [(kind, _)] = rng.choices(ATTACKS, [weight for _, weight in ATTACKS])
     number = rng.getrandbits(32)
+    if sees is not None and any(kind is each for each, _ in images.ATTACKS):
+        host, port = sees
     try:
         response = await asyncio.wait_for(kind(Attack(host, port, random.Random(number), headers)), PATIENCE)
     except TimeoutError:
@@ -416,6 +431,24 @@ def honest_cases(count: int = 12) -> list[Case]:
     return cases
 
 
+def honest_images(folder: Path, count: int = 6) -> list[Case]:
+    """Requests with images, and their expected texts. Texts with markup are left out, which a response separates."""
+    from mlx_diffgemma import load
+
+    model, cases, seed = load(folder, backend="torch", dtype="float32", device="cpu"), [], 0
+    while len(cases) < count:
+        seed += 1
+        parts = [images.part(images.random_file(random.Random(seed)), random.Random(0)), {"type": "text", "text": "Hi"}]
+        messages: list[Any] = [{"role": "user", "content": parts}]
+        try:
+            text = model.generate(messages, seed=seed, max_new_tokens=8).text
+        except ValueError:  # a format that is not supported
+            continue
+        if "<" not in text and "\ufffd" not in text:
+            cases.append(({"messages": messages, "seed": seed, "max_tokens": 8}, text))
+    return cases
+
+
 async def honest(base: str, cases: list[Case], done: asyncio.Event, rng: random.Random, findings: Findings) -> None:
     """Ask one request after the other until the attacks are done."""
     async with httpx.AsyncClient(base_url=base, timeout=PATIENCE) as http:
@@ -433,29 +466,31 @@ async def honest(base: str, cases: list[Case], done: asyncio.Event, rng: random.
 
 
 async def attacked(seed: int, count: int | None, seconds: float) -> Findings:
-    """Attack a server ``count`` times, or for ``seconds``."""
+    """Attack servers ``count`` times, or for ``seconds``."""
     findings, rng, end = Findings(), random.Random(seed), time.monotonic() + seconds
-    cases = await asyncio.to_thread(honest_cases)
     numbers = iter(range(count if count is not None else sys.maxsize))
-    async with served(findings, "--backend", "torch", "--dtype", "float32", "--device", "cpu", "--timeout", "50") as (
-        host,
-        port,
-        _,
-    ):
-        done = asyncio.Event()
+    options = ("--backend", "torch", "--dtype", "float32", "--device", "cpu", "--timeout", "50")
+    urls = ("--allow-image-urls", "localhost", "--allow-image-urls", "*.localhost")
+    with TemporaryDirectory() as folder:
+        seeing = make_chat_checkpoint(Path(folder) / "seeing", SEEING_SHAPE)
+        cases, with_images = await asyncio.to_thread(lambda: (honest_cases(), honest_images(seeing)))
+        async with (
+            served(findings, "sudoku", *options) as (host, port, _),
+            served(findings, str(seeing), *options, *urls) as (*sees, _),
+        ):
+            done = asyncio.Event()
 
-        async def attacker() -> None:
-            for _ in numbers:
-                if time.monotonic() > end:
-                    return
-                await attack(host, port, rng, findings)
+            async def attacker() -> None:
+                for _ in numbers:
+                    if time.monotonic() > end:
+                        return
+                    await attack(host, port, rng, findings, sees=(str(sees[0]), int(sees[1])))
 
-        clients = [
-            asyncio.create_task(honest(f"http://{host}:{port}", cases, done, random.Random(n), findings)) for n in range(HONEST)
-        ]
-        await asyncio.gather(*(attacker() for _ in range(ATTACKERS)))
-        done.set()
-        await asyncio.gather(*clients)
+            bases = [(f"http://{host}:{port}", cases)] * HONEST + [(f"http://{sees[0]}:{sees[1]}", with_images)]
+            clients = [asyncio.create_task(honest(*each, done, random.Random(n), findings)) for n, each in enumerate(bases)]
+            await asyncio.gather(*(attacker() for _ in range(ATTACKERS)))
+            done.set()
+            await asyncio.gather(*clients)
     return findings
 
 

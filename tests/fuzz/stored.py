@@ -137,10 +137,6 @@ def write(file: Path, tensors: Tensors, header: Any = None) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(one.data for one in tensors.values()))
 
 
-def text_names(tensors: Tensors, *, floats: bool = False) -> list[str]:
-    """The names of the text model's tensors, or of those among them that are floats."""
-    return [name for name, one in tensors.items() if not is_vision(name) and (not floats or one.dtype in FLOATS)]
-
-
-def is_vision(name: str) -> bool:
-    return name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
+def names_of(tensors: Tensors, *, floats: bool = False) -> list[str]:
+    """The names of all tensors, or of those that are floats."""
+    return [name for name, one in tensors.items() if not floats or one.dtype in FLOATS]

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ HUB = {"hub_bf16": "weights.tsv", "hub_4bit": "weights_mlx_4bit.tsv"}
 VOCAB_SIZE, CANVAS, CONTEXT = 512, 8, 512
 
 #: Two layers, with the vocabulary of the tokenizer.
-CHAT_SHAPE = {
+CHAT_SHAPE: dict[str, Any] = {
     "canvas_length": CANVAS,
     "text_config": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -41,9 +42,36 @@ CHAT_SHAPE = {
 }
 
 
-def make_chat_checkpoint(folder: Path) -> Path:
-    """A model of random weights with a tokenizer. It writes quickly, and its text is nonsense that may hold any byte."""
-    make_checkpoint(folder, CHAT_SHAPE, logit_std=6.0)
+#: The same with a vision tower, whose pictures have the released model's patches of 16 and squares of 3 x 3.
+SEEING_SHAPE = {
+    **CHAT_SHAPE,
+    "text_config": {
+        **CHAT_SHAPE["text_config"],  # type: ignore[dict-item]
+        "use_bidirectional_attention": "vision",
+        "max_position_embeddings": 4096,
+    },
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "position_embedding_size": 3 * 1120,
+        "pooling_kernel_size": 3,
+        "patch_size": 16,
+    },
+}
+
+
+def make_chat_checkpoint(folder: Path, shape: Mapping[str, Any] = CHAT_SHAPE) -> Path:
+    """A model of random weights with a tokenizer. It writes quickly, and its text is nonsense that may hold any byte.
+
+    ``shape`` is :data:`CHAT_SHAPE`, or :data:`SEEING_SHAPE` for a model that reads images.
+    """
+    make_checkpoint(folder, shape, logit_std=6.0)
     write_tokenizer(folder, VOCAB_SIZE)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     edit_json(folder / "config.json", image_token_id=vocabulary["<|image|>"])

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mlx_diffgemma.backends import Denoised, Piece, Row
 from mlx_diffgemma.config import FULL, LayerConfig, ModelConfig, RopeConfig
+from mlx_diffgemma.vision.patches import Patches
 
 L, V = 6, 50
 MODEL = ModelConfig(
@@ -96,6 +97,14 @@ class FakeBackend:
 
     def peak_memory(self) -> int | None:
         return self.peak
+
+    def see(self, images: Sequence[Patches]) -> list[NDArray[np.float32]]:
+        """The features [N, hidden_size] of each image all have its first pixel as their value."""
+        self._note("see", images, [image.pixels[0] for image in images])
+        return [np.full((image.soft_tokens, self.config.hidden_size), image.pixels[0, 0], np.float32) for image in images]
+
+    def vision_states(self, image: Patches) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        raise AssertionError("there are no states here")
 
     def encode(self, pieces: Sequence[Piece]) -> None:
         self._note("encode", pieces, [piece.tokens for piece in pieces])

@@ -24,20 +24,28 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig
+from mlx_diffgemma.vision.patches import Patches
+from support.pictures import Placed, explicit_masks, with_images
 
-_VISION = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "position_embedding_size": 32,
-    "pooling_kernel_size": 1,
-    "patch_size": 4,
-}
+
+def tower(
+    size: int = 16, layers: int = 1, *, heads: tuple[int, int, int] = (2, 2, 8), pooling: int = 1, patch: int = 4, **other: Any
+) -> dict[str, Any]:
+    """The configuration of a vision tower. ``heads`` are attention heads, key-value heads and head size."""
+    return {
+        "model_type": "gemma4_vision",
+        "hidden_size": size,
+        "intermediate_size": 2 * size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": heads[2],
+        "global_head_dim": heads[2],
+        "position_embedding_size": 32,
+        "pooling_kernel_size": pooling,
+        "patch_size": patch,
+        **other,
+    }
 
 
 def _shape(
@@ -114,6 +122,35 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
+
+def _picture_shape(shape: Mapping[str, Any], tower: Mapping[str, Any], **text: Any) -> dict[str, Any]:
+    """A shape with another vision tower. The last token of its vocabulary is the soft token of images."""
+    text = {**shape["text_config"], "use_bidirectional_attention": "vision", "max_position_embeddings": 4096, **text}
+    return {**shape, "text_config": text, "vision_config": tower, "image_token_id": text["vocab_size"] - 1}
+
+
+#: Configurations that see images, with vision towers that differ in everything.
+PICTURE_SHAPES: dict[str, dict[str, Any]] = {
+    "pictures": _picture_shape(
+        SHAPES["base"],
+        tower(48, 2, heads=(4, 4, 12), pooling=3, patch=4, position_embedding_size=200, standardize=True),
+    ),
+    "large_patches": _picture_shape(
+        SHAPES["odd_sizes"],
+        tower(
+            40, 3, heads=(4, 2, 8), pooling=3, patch=16, rms_norm_eps=1e-3,
+            rope_parameters={"rope_type": "axial", "rope_theta": 9.0},
+        ),
+    ),
+    "small_squares": _picture_shape(
+        SHAPES["wide_window"],
+        tower(32, 2, heads=(1, 1, 16), pooling=2, patch=6, position_embedding_size=80, standardize=True),
+    ),
+    "all_full_pictures": _picture_shape(
+        SHAPES["all_full"], tower(24, 1, heads=(6, 3, 4), pooling=4, position_embedding_size=40)
+    ),
+}  # fmt: skip
+
 #: The vocabulary size of the released checkpoint. The rest of the model is tiny.
 REAL_VOCABULARY = _shape(
     "F", canvas=4, heads=(2, 1, 8), full=(1, 16), experts=(4, 1, 16),
@@ -138,14 +175,17 @@ def make_checkpoint(
     2e-4 between float32 and float64.
 
     Args:
-        shape: one of :data:`SHAPES`.
+        shape: one of :data:`SHAPES` or :data:`PICTURE_SHAPES`.
         logit_std: approximate standard deviation of the logits, before the softcap.
         layer_scalars: range of the encoder's and the decoder's own scalars. Low ones let later layers outweigh earlier ones.
         bfloat16: store the weights as BF16, as the hub does, instead of F32.
         hub_layout: write the sizes of the full-attention heads once in config.json, as the hub does, instead of per layer.
     """
     config = DiffusionGemmaConfig(
-        text_config=dict(shape["text_config"]), vision_config=dict(_VISION), canvas_length=shape["canvas_length"]
+        text_config=dict(shape["text_config"]),
+        vision_config=dict(shape.get("vision_config", tower())),
+        canvas_length=shape["canvas_length"],
+        image_token_id=shape.get("image_token_id", 258_880),
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -165,6 +205,7 @@ def make_checkpoint(
                 weight.normal_(std=gain * weight.shape[-1] ** -0.5)
         for layer in (*decoder.layers, *model.model.encoder.language_model.layers):
             layer.layer_scalar.uniform_(*layer_scalars)
+        _randomize_tower(model.model.encoder, logit_std)
     model.generation_config = DiffusionGemmaGenerationConfig(
         **DiffusionGemmaGenerationConfig._get_default_generation_params(), eos_token_id=[1, 5], pad_token_id=0
     )
@@ -177,6 +218,21 @@ def make_checkpoint(
             saved["text_config"][name] = shape["text_config"][name]
         file.write_text(json.dumps(saved))
     return folder
+
+
+def _randomize_tower(encoder: torch.nn.Module, std: float) -> None:
+    """Random weights for the vision tower, of scales like the text's. Soft tokens are as large as the embeddings of tokens."""
+    for name, weight in encoder.state_dict().items():
+        if not name.startswith(("vision_tower.", "embed_vision.")):
+            continue
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.uniform_(0.2, 0.7)
+        elif "norm" in name or name.endswith("std_scale"):
+            weight.uniform_(0.4, 1.6)
+        elif name.endswith(("std_bias", "position_embedding_table")):
+            weight.normal_()
+        else:
+            weight.normal_(std=(std if name.startswith("embed_vision") else 1.0) * weight.shape[-1] ** -0.5)
 
 
 class GenerateResult(NamedTuple):
@@ -231,6 +287,45 @@ class Reference:
         ).logits
         return logits.numpy()
 
+    @torch.no_grad()
+    def features(self, patches: Patches) -> NDArray[np.float32]:
+        """The soft tokens [n, H] of an image."""
+        pixels, positions = torch.tensor(patches.values)[None], torch.tensor(patches.positions).long()[None]
+        features: torch.Tensor = self.model.model.encoder.get_image_features(
+            pixels.to(self.model.dtype), positions, return_dict=True
+        ).pooler_output
+        return features.numpy()
+
+    @torch.no_grad()
+    def picture_logits(
+        self, tokens: NDArray[Any], images: Placed, image_mask: str, canvas: NDArray[Any] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits at every position of a text [N] with images, or of a canvas [L] after it.
+
+        ``image_mask`` is one of ``config.IMAGE_MASKS``. `transformers` makes its own, and is given the other two.
+        """
+        encoder, config = self.model.model.encoder, self.model.config
+        cache, given = DynamicCache(config=config.get_text_config(decoder=True)), with_images(tokens[None], images)
+        kinds = given.pop("mm_token_type_ids")
+        if image_mask == "transformers":
+            masks = encoder.create_masks_for_generate(
+                config=config,
+                inputs_embeds=torch.empty(1, len(tokens), 0, dtype=self.model.dtype),
+                attention_mask=None,
+                position_ids=torch.arange(len(tokens))[None],
+                mm_token_type_ids=kinds,
+                **{self.cache_name: cache},
+            )
+        else:
+            masks = explicit_masks(len(tokens), config.text_config.sliding_window, images, both_ways=image_mask == "makers")
+        given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
+        encoded = encoder(input_ids=_ids(tokens[None]), attention_mask=masks, **{self.cache_name: cache}, **given)
+        if canvas is not None:
+            logits: torch.Tensor = self.model(decoder_input_ids=_ids(canvas[None]), **{self.cache_name: cache}).logits
+            return logits[0].numpy()
+        cap = self.model.final_logit_softcapping
+        return (cap * torch.tanh(self.model.lm_head(encoded.last_hidden_state[0]) / cap)).numpy()
+
     def hidden_states(self, chunks: Sequence[NDArray[Any]], canvas: NDArray[Any] | None = None) -> list[NDArray[np.float32]]:
         """Hidden states [B, N, H] of the last chunk, or of a canvas after the chunks.
 
@@ -252,17 +347,25 @@ class Reference:
         return states[-len(hooks) :]
 
     def generate(
-        self, prompts: NDArray[Any], seeds: Sequence[int], config: GenerationConfig, *, frozen: NDArray[np.int32] | None = None
+        self,
+        prompts: NDArray[Any],
+        seeds: Sequence[int],
+        config: GenerationConfig,
+        *,
+        frozen: NDArray[np.int32] | None = None,
+        images: Placed = (),
     ) -> GenerateResult:
         """Run ``generate`` of `transformers` with the noise of ``seeds``, one per row of ``prompts`` [B, N].
 
         `transformers` limits ``config``: thresholds and bounds must be above 0 and ``t_max`` above ``t_min``, and neither greedy
         mode nor a shorter canvas is possible. ``frozen`` [P] pins the positions of the new text where it is not -1. Pinned tokens
-        are in every canvas, and their logits leave no choice. They count in the mean entropy of the stop, with 0.
+        are in every canvas, and their logits leave no choice. They count in the mean entropy of the stop, with 0. All rows have
+        the same ``images``, in the same places.
         """
         self.model.seed(seeds, frozen)
         output = self.model.generate(
             _ids(prompts),
+            **(with_images(prompts, images) if images else {}),
             generation_config=DiffusionGemmaGenerationConfig(
                 max_new_tokens=config.max_new_tokens,
                 max_denoising_steps=config.max_denoising_steps,

@@ -66,14 +66,18 @@ class Served:
 def serving(
     model: DiffusionGemma, *, parallel: int = 4, queue: int = 8, hurried: bool = False, **options: Any
 ) -> Iterator[Served]:
-    """Run a server with a model. A ``hurried`` server divides its timeouts for clients by :data:`HURRY`."""
+    """Run a server with a model. A ``hurried`` server divides its timeouts for clients by :data:`HURRY`.
+
+    ``options`` are settings, and ``downloads`` and ``api_key``.
+    """
     engine = Engine(model, Limits(parallel, queue))
     api_key = options.pop("api_key", None)
     if api_key is not None:
         options["api_keys"] = {"default": api_key}
     if hurried:  # a client of the real clock needs real time to send its request
         options.setdefault("connections", ConnectionLimits(head_seconds=SECONDS * HURRY))
-    app = create_app(engine, Settings("tiny", **options))
+    downloads = options.pop("downloads", None)
+    app = create_app(engine, Settings("tiny", **options), downloads)
     server = uvicorn.Server(server_config(app, port=0, timeout_graceful_shutdown=5 * HURRY if hurried else 5))
 
     def run() -> None:

@@ -1,5 +1,7 @@
 // A chat with the served model, and a view of its canvas. Text from the model enters the document as text only, never as HTML.
 
+import { Pictures, thumbnail } from "./pictures.js";
+
 /**
  * A canvas after one denoising step, as the server sends it.
  * @typedef {{block: number, step: number, temperature: number, cells: string[], entropy: number[], accepted: number[]}} Draft
@@ -337,6 +339,15 @@ const stage = {
 /** The messages so far, and the turn that the reply is written into. `abort` is set during a request. */
 const chat = { model: "", messages: [], turn: null, abort: null };
 
+/** The images of the message that the user is writing. */
+const pictures = new Pictures(at("pictures"), inform);
+
+/** The user's message: a text, or images and a text. */
+function asUserMessage(prompt, sent) {
+  const images = sent.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+  return { role: "user", content: images.length ? [...images, { type: "text", text: prompt }] : prompt };
+}
+
 let frameRequest = 0;
 
 /** Draw changes in the next animation frame. */
@@ -356,7 +367,7 @@ class Turn {
   /** @type {Reply} */
   reply = { reasoning: "", content: "", toolCalls: [] };
 
-  constructor(name, className, text = "") {
+  constructor(name, className, text = "", images = []) {
     this.node = element("article", `turn ${className}`);
     this.thought = element("details");
     this.thought.hidden = true;
@@ -365,7 +376,9 @@ class Turn {
     this.tools = element("div");
     this.reply.content = text;
     this.node.classList.toggle("puzzle", chat.model === SUDOKU.model);
-    this.node.append(element("h2", "", name), this.thought, this.answer, this.tools);
+    const list = element("ul", "pictures");
+    list.append(...images.map(thumbnail));
+    this.node.append(element("h2", "", name), ...(images.length ? [list] : []), this.thought, this.answer, this.tools);
     at("turns").append(this.node);
     this.draw();
   }
@@ -397,7 +410,9 @@ async function learnModel() {
   if (chat.model) return;
   const answer = await (await request("v1/models")).json();
   chat.model = answer.data[0].id;
+  pictures.allowed = answer.data[0].input_modalities?.includes("image") ?? false;
   at("model").textContent = chat.model;
+  at("add-picture").hidden = !pictures.allowed;
   if (chat.model !== SUDOKU.model) return;
   at("ask").elements.history.checked = false; // it was trained on one puzzle at a time
   if (!at("prompt").value) at("prompt").value = SUDOKU.prompt;
@@ -448,12 +463,13 @@ async function ask() {
 
 async function converse(prompt) {
   const { messages } = chat; // a new chat may begin before this one has stopped
-  const sent = new Turn("You", "yours", prompt);
+  const images = pictures.take();
+  const sent = new Turn("You", "yours", prompt, images);
   const turn = (chat.turn = new Turn(chat.model, "answered"));
   at("turns").scrollTop = at("turns").scrollHeight;
   turn.node.setAttribute("aria-live", "polite");
   turn.node.setAttribute("aria-busy", "true"); // screen readers wait until it is finished
-  messages.push({ role: "user", content: prompt });
+  messages.push(asUserMessage(prompt, images));
   stage.reset(chat.model, prompt);
   at("prompt").value = "";
   const body = requestBody(at("ask"), messages);
@@ -462,7 +478,7 @@ async function converse(prompt) {
     await receive(body, turn.reply, started);
   } finally {
     if (turn.reply.content || turn.reply.toolCalls.length) messages.push(asMessage(turn.reply));
-    else takeBack(prompt, messages, [sent, turn]);
+    else takeBack(prompt, images, messages, [sent, turn]);
     turn.draw();
     turn.node.setAttribute("aria-busy", "false");
     stage.finish(performance.now() - started);
@@ -471,10 +487,12 @@ async function converse(prompt) {
 }
 
 /** Undo a turn that had no reply. */
-function takeBack(prompt, messages, turns) {
+function takeBack(prompt, images, messages, turns) {
   messages.pop();
   turns.forEach((turn) => turn.node.remove());
-  if (messages === chat.messages) at("prompt").value ||= prompt;
+  if (messages !== chat.messages) return;
+  at("prompt").value ||= prompt;
+  pictures.putBack(images);
 }
 
 async function receive(body, reply, started) {
@@ -570,4 +588,5 @@ function listen() {
 
 at("scale").append(...LEVELS.map((least, place) => element("span", `cell e${place}`, String(least))));
 listen();
+pictures.listen(at("add-picture"), at("picture-files"), at("prompt"));
 learnModel().catch(report);
