@@ -391,14 +391,18 @@ async def attack(
     headers: Mapping[str, str] | None = None,
     *,
     sees: tuple[str, int] | None = None,
+    patience: float = PATIENCE,
 ) -> None:
-    """One attack of a random kind. One with images goes to the server at ``sees``, if there is one."""
+    """One attack of a random kind. One with images goes to the server at ``sees``, if there is one.
+
+    An attack that has no response after ``patience`` seconds is a failure.
+    """
     [(kind, _)] = rng.choices(ATTACKS, [weight for _, weight in ATTACKS])
     number = rng.getrandbits(32)
     if sees is not None and any(kind is each for each, _ in images.ATTACKS):
         host, port = sees
     try:
-        response = await asyncio.wait_for(kind(Attack(host, port, random.Random(number), headers)), PATIENCE)
+        response = await asyncio.wait_for(kind(Attack(host, port, random.Random(number), headers)), patience)
     except TimeoutError:
         findings.fail("HANG", f"{kind.__name__} {number}")
         return
