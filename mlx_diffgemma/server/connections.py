@@ -7,16 +7,13 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from mlx_diffgemma.server.clients import Proxies
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.metrics import Metrics
 from mlx_diffgemma.server.middleware import too_many_connections
 from mlx_diffgemma.server.settings import ConnectionLimits
-
-if TYPE_CHECKING:
-    from mlx_diffgemma.server.protocol import Connection
 
 log = logging.getLogger("mlx_diffgemma.server")
 
@@ -42,6 +39,24 @@ class Refusal(NamedTuple):
 
     reason: str
     error: ApiError
+
+
+class Connection(Protocol):
+    """What is counted: an open connection.
+
+    Attributes:
+        owner: the address of its client; None while a trusted proxy waits for a request.
+        replaceable: whether a newer connection may take its place.
+    """
+
+    owner: str | None
+
+    @property
+    def replaceable(self) -> bool: ...
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with the refusal's error, and close."""
+        ...
 
 
 _PER_CLIENT = Refusal("per_client", too_many_connections())
@@ -77,7 +92,7 @@ class Connections:
         for reason in REASONS:
             self._refused.labels(reason)
 
-    def admit(self, connection: "Connection") -> Refusal | None:
+    def admit(self, connection: Connection) -> Refusal | None:
         """Count a new connection. Returns why it is refused, if it is."""
         owner = connection.owner
         if not self._has_room(owner):
@@ -88,11 +103,11 @@ class Connections:
         self._count += 1
         return None
 
-    def _held(self, owner: str | None) -> "tuple[Connection, ...]":
+    def _held(self, owner: str | None) -> tuple[Connection, ...]:
         """A client's connections, from the oldest to the newest; none for a proxy, which loses no connection."""
         return () if owner is None else tuple(self._of.get(owner, ()))
 
-    def _rivals(self, owner: str | None) -> "Iterator[Connection]":
+    def _rivals(self, owner: str | None) -> Iterator[Connection]:
         """The connections of clients that have more than ``owner``: from the client that has the most."""
         held = len(self._held(owner))
         names = sorted((name for name in self._of if name is not None), key=lambda name: len(self._of[name]), reverse=True)
@@ -104,14 +119,14 @@ class Connections:
         return len(held) < self.limits.per_client or self._replace(held)
 
     @staticmethod
-    def _replace(candidates: "Iterable[Connection]") -> bool:
+    def _replace(candidates: Iterable[Connection]) -> bool:
         """Refuse the first of the candidates without a whole request. Returns whether there is one."""
         replaced = next((connection for connection in candidates if connection.replaceable), None)
         if replaced is not None:
             replaced.refuse(REPLACED)
         return replaced is not None
 
-    def left(self, connection: "Connection") -> None:
+    def left(self, connection: Connection) -> None:
         """Stop counting a connection, if it is counted."""
         held = self._of.get(connection.owner, {})
         if connection in held:
@@ -121,7 +136,7 @@ class Connections:
                 del self._of[connection.owner]
         self._lingering.discard(connection)
 
-    def own(self, connection: "Connection", owner: str | None) -> bool:
+    def own(self, connection: Connection, owner: str | None) -> bool:
         """Count a proxy's connection as its client's, or as the proxy's again. Returns whether the client may have it."""
         if connection not in self._of.get(connection.owner, {}):
             return True  # it is closing
@@ -134,7 +149,7 @@ class Connections:
         self._count += 1
         return True
 
-    def linger(self, connection: "Connection") -> bool:
+    def linger(self, connection: Connection) -> bool:
         """Whether a refused connection may stay open until its client has read the response."""
         if len(self._lingering) >= MAX_LINGERING:
             return False
