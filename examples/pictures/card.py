@@ -17,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "sudoku"))
 from drawing import FONTS, SIDES
-from reading import ASPECT, CLUES
+from reading import CLUES
 from train import Options
 
 from mlx_diffgemma.checkpoint import Checkpoint
@@ -53,9 +53,9 @@ canvas of {canvas}. Weights are stored as BF16; they were trained in float32.
 ## Pictures
 
 `examples/pictures/drawing.py` draws them with Pillow, without font files: {fonts} kinds of digits in three weights, slanted,
-turned and off their places; grids of many sizes and places, with and without thin lines; random colours, light on dark and dark
-on light, with noise; {least} to {most} pixels along the shorter side, and up to {aspect} times as many along the other. Puzzles
-have one solution and {fewest} to {most_clues} clues. One puzzle in ten, with all its symmetric forms, is held out from training.
+turned and off their places; grids of many sizes and places, turned a little, with and without thin lines; random colours, the
+digits darker than the paper; noise; {least} to {most} pixels along each side. Puzzles have one solution and {fewest} to
+{most_clues} clues. One puzzle in ten, with all its symmetric forms, is held out from training.
 
 ## Training
 
@@ -120,7 +120,6 @@ def card(run: Path, results: Mapping[str, Any], machine: str, cpu: str) -> str:
         fonts=("six" if len(FONTS) == 6 else len(FONTS)),
         least=SIDES[0],
         most=SIDES[1],
-        aspect=ASPECT,
         fewest=CLUES[0],
         most_clues=CLUES[1],
         minutes=state["seconds"] / 60,

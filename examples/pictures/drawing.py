@@ -19,9 +19,9 @@ Colour = NDArray[np.float64]
 SIZE = 4  # cells along one side of a grid
 #: How many weights each font has, from light to bold.
 WEIGHTS = 3
-#: Pixels along the shorter side of the smallest and the largest picture.
+#: Pixels along one side of the smallest and the largest picture.
 SIDES = (144, 420)
-#: How much darker or lighter than the paper the digits are at least, of 255.
+#: How much darker than the paper the digits are at least, of 255.
 CONTRAST = 90
 
 _GLYPH = 64  # pixels along one side of a digit before it is placed
@@ -134,7 +134,7 @@ class Look:
     """How a picture looks: where its grid lies, and how its digits are drawn.
 
     Attributes:
-        width, height: of the picture, in pixels.
+        side: pixels along one side of the picture.
         grid: pixels along one side of the grid.
         left, top: the grid's corner.
         angle: degrees by which lines and digits are turned.
@@ -147,8 +147,7 @@ class Look:
         noise: standard deviation, of 255.
     """
 
-    width: int
-    height: int
+    side: int
     grid: float
     left: float
     top: float
@@ -165,33 +164,28 @@ class Look:
     noise: float
 
 
-def random_look(rng: np.random.Generator, *, variety: float = 1.0, aspect: float = 1.0, font: str | None = None) -> Look:
+def random_look(rng: np.random.Generator, *, variety: float = 1.0, font: str | None = None) -> Look:
     """A random look.
 
     Args:
-        variety: from 0 (black on white, always the same font, size and place) to 1. Above 0, half of the looks are negatives.
-        aspect: width by height.
+        variety: from 0 (black on white, always the same font, size and place) to 1.
         font: one of :data:`FONTS`. By default a random one.
     """
 
     def around(middle: float, low: float, high: float) -> float:
         return middle + variety * (rng.uniform(low, high) - middle)
 
-    short = around(240, *SIDES)
-    width, height = round(short * max(aspect, 1)), round(short * max(1 / aspect, 1))
-    grid = short * around(0.88, 0.8, 0.95)
+    side = round(around(240, *SIDES))
+    grid = side * around(0.89, 0.83, 0.95)
     if font is None:
         font = list(FONTS)[rng.integers(len(FONTS))] if rng.random() < variety else "strokes"
-    # Dark on light, or its negative. Nothing lies between the two, so there is no small share of it at little variety.
-    dark, light = around(0, 0, 190 - CONTRAST), around(255, 190, 255)
-    paper, ink = (light, dark) if rng.random() < 0.5 or not variety else (255 - light, 255 - dark)
+    paper, ink = around(255, 190, 255), around(0, 0, 190 - CONTRAST)
     tall = around(0.75, 0.55, 0.9)
     return Look(
-        width=width,
-        height=height,
+        side=side,
         grid=grid,
-        left=(width - grid) * around(0.5, 0.2, 0.8),
-        top=(height - grid) * around(0.5, 0.2, 0.8),
+        left=(side - grid) * around(0.5, 0.2, 0.8),
+        top=(side - grid) * around(0.5, 0.2, 0.8),
         angle=around(0, -3, 3),
         font=font,
         weight=int(rng.integers(WEIGHTS)) if rng.random() < variety else 1,
@@ -207,21 +201,21 @@ def random_look(rng: np.random.Generator, *, variety: float = 1.0, aspect: float
 
 
 def draw(clues: NDArray[np.int8], look: Look, rng: np.random.Generator) -> Picture:
-    """A picture uint8 [height, width, 3] of clues int8 [16]."""
+    """A picture uint8 [side, side, 3] of clues int8 [16]."""
     lines, digits = (
         mask.rotate(look.angle, Image.Resampling.BILINEAR) for mask in (_rules(look, rng), _digits(clues, look, rng))
     )
-    picture = np.broadcast_to(look.paper, (look.height, look.width, 3)).astype(np.float32)
+    picture = np.broadcast_to(look.paper, (look.side, look.side, 3)).astype(np.float32)
     for mask, colour in ((lines, look.rules), (digits, look.ink)):
         share = np.asarray(mask, np.float32)[..., None] / 255
         picture = picture + share * (colour.astype(np.float32) - picture)
-    noise = rng.standard_normal((look.height, look.width, 1), np.float32) * np.float32(look.noise)
+    noise = rng.standard_normal((look.side, look.side, 1), np.float32) * np.float32(look.noise)
     return (picture + noise).clip(0, 255).astype(np.uint8)
 
 
 def _rules(look: Look, rng: np.random.Generator) -> Image.Image:
     """The lines of the grid, those around boxes thicker. One grid in ten has no others."""
-    image = Image.new("L", (look.width, look.height))
+    image = Image.new("L", (look.side, look.side))
     pen, cell = ImageDraw.Draw(image), look.grid / SIZE
     thick = max(2, round(look.grid * rng.uniform(0.008, 0.02)))
     thin = max(1, round(thick * rng.uniform(0.3, 0.8))) if rng.random() < 0.9 else 0
@@ -235,7 +229,7 @@ def _rules(look: Look, rng: np.random.Generator) -> Image.Image:
 
 
 def _digits(clues: NDArray[np.int8], look: Look, rng: np.random.Generator) -> Image.Image:
-    image, cell = Image.new("L", (look.width, look.height)), look.grid / SIZE
+    image, cell = Image.new("L", (look.side, look.side)), look.grid / SIZE
     for index in np.flatnonzero(clues):
         row, column = divmod(int(index), SIZE)
         shift, turn = look.unrest * rng.uniform(-0.06, 0.06, 2), look.unrest * rng.uniform(-4, 4)

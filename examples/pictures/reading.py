@@ -33,8 +33,6 @@ EQUALS, BEGIN_ID, IMAGE_ID, END_ID = range(len(OF_SUDOKU), len(VOCABULARY))
 CANVAS_LENGTH = 2 * CELLS + 4
 #: Fewest and most clues of a puzzle.
 CLUES = (4, 12)
-#: The largest width by height, and height by width.
-ASPECT = 1.15
 #: A text to send with a picture. The tokenizer drops it, but a prompt cannot be empty.
 PROMPT = "Solve"
 #: Where the soft tokens begin in the prompt.
@@ -79,14 +77,9 @@ def fresh_pictures(count: int, seed: int, font: str | None = None) -> Pictures:
     """Pictures that training never sees: of held-out puzzles, and drawn with other random numbers."""
     clues, solutions = make_puzzles(SIZE, count, CLUES, seed, held_out=True)
     streams = [np.random.default_rng([seed, index, 1]) for index in range(count)]  # training's have two words
-    looks = [random_look(rng, aspect=random_aspect(rng), font=font) for rng in streams]
+    looks = [random_look(rng, font=font) for rng in streams]
     pictures = [draw(each, look, rng) for each, look, rng in zip(clues, looks, streams, strict=True)]
     return Pictures(clues, solutions, pictures, np.array([look.font for look in looks]))
-
-
-def random_aspect(rng: np.random.Generator, variety: float = 1.0) -> float:
-    """Width by height of a picture."""
-    return float(ASPECT ** (variety * rng.uniform(-1, 1)))
 
 
 def patches_of(picture: Picture, vision: VisionConfig) -> Patches:

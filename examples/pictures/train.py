@@ -38,7 +38,6 @@ from reading import (
     is_right,
     patches_of,
     prompt_tokens,
-    random_aspect,
     read_all,
     write_picture_tokenizer,
 )
@@ -47,7 +46,6 @@ from vocabulary import END_OF_TURN, EOS, PAD
 
 from mlx_diffgemma.backends import Backend
 from mlx_diffgemma.config import GenerationConfig
-from mlx_diffgemma.vision.patches import Patches
 
 GENERATION: dict[str, Any] = {
     "confidence_threshold": 0.02,
@@ -92,6 +90,7 @@ class Options(RunOptions):
 
     steps: int = 3000
     batch_size: int = 16
+    warmup: int = 100
     pool: int = 20_000
     held_out: int = 100
     well: float = 0.2
@@ -123,14 +122,8 @@ class Trainer(BaseTrainer):
         assert vision is not None
         chosen = rng.integers(len(puzzles), size=rows)
         clues, answers = random_symmetry(rng, puzzles[chosen], solutions[chosen])
-        variety = self.pace["variety"]
-        aspect = random_aspect(rng, variety)  # of all rows, because they must have the same number of patches
-        seen: list[Patches] = []
-        while len(seen) < rows:
-            look = random_look(rng, variety=variety, aspect=aspect)
-            patches = patches_of(draw(clues[len(seen)], look, rng), vision)
-            if not seen or (patches.rows, patches.columns) == (seen[0].rows, seen[0].columns):
-                seen.append(patches)
+        looks = [random_look(rng, variety=self.pace["variety"]) for _ in clues]
+        seen = [patches_of(draw(each, look, rng), vision) for each, look in zip(clues, looks, strict=True)]
         target = canvas_tokens(clues, answers)
         share = np.where(rng.random((rows, 1)) < 0.5, 1.0, rng.random((rows, 1)))
         prompts = np.tile(prompt_tokens(seen[0].soft_tokens), (rows, 1))
