@@ -21,7 +21,7 @@ from mlx_diffgemma.files import first_line
 from mlx_diffgemma.weights import Header
 
 #: Models that come with the package.
-BOXED = ("sudoku",)
+BOXED = ("sudoku", "pictures")
 _MODELS = Path(__file__).parent / "models"
 
 #: The files of a repository beside its weights that a checkpoint needs.
@@ -31,7 +31,7 @@ SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model")
 def local_folder(source: str | Path) -> Path | None:
     """The folder that ``source`` names, or None if it has the form of a hub id.
 
-    A model that comes with the package (``sudoku``) takes precedence over a folder of that name. Write ``./sudoku`` for the
+    A model that comes with the package (:data:`BOXED`) takes precedence over a folder of that name. Write ``./sudoku`` for the
     folder. Raises CheckpointError if there is no such folder and ``source`` cannot be a hub id.
     """
     if source in BOXED:

@@ -1,17 +1,20 @@
-"""The example that reads Sudokus from pictures: its pictures and its training."""
+"""The example that reads Sudokus from pictures: its pictures, its training, and the model in the package on both backends."""
 
 import importlib
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mlx_diffgemma import load
 from mlx_diffgemma.backends import ImageSpan, Piece, load_backend
 from mlx_diffgemma.backends.torch.backend import TorchBackend
 from mlx_diffgemma.backends.torch.cache import TrainingCache
@@ -20,7 +23,7 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.demo.sudoku import Grid, check, count_solutions, is_held_out
 from mlx_diffgemma.pipeline import DiffusionGemma
 from mlx_diffgemma.vision.patches import Patches
-from support.comparing import assert_close
+from support.comparing import BACKENDS, assert_close
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES / "sudoku"), str(EXAMPLES / "pictures")]
@@ -51,6 +54,8 @@ TINY = {
     "well": 9.0,
     "growth": 0.5,
 }
+
+COUNT, LEAST = 12, 10
 
 
 def test_pictures_follow_their_seed() -> None:
@@ -206,3 +211,29 @@ def test_the_prompt_of_training_is_that_of_the_package(trained: Path) -> None:
             assert ids.tolist() == reading.prompt_tokens(soft).tolist()
     text = "1..4.3.......2.1=1234341243212143"
     assert model.tokenizer.decode([*model.tokenizer.encode(text), model.tokenizer.end_of_turn_id]) == text
+
+
+@cache
+def answers(backend_name: str) -> Any:
+    model = load("pictures", backend=backend_name, device="cpu", dtype="float32")
+    return evaluation.answer(model, reading.fresh_pictures(COUNT, 77))
+
+
+def test_it_reads_and_solves_fresh_pictures(backend_name: str) -> None:
+    found = answers(backend_name)
+    print(f"{backend_name}: {found.read.sum()} of {COUNT} read, {found.solved.sum()} solved, {found.steps.mean():.1f} steps")
+    assert found.read.sum() >= LEAST
+    assert found.solved.sum() >= LEAST
+
+
+def test_the_same_tokens_on_all_backends() -> None:
+    share = evaluation.agreement({name: answers(name) for name in BACKENDS})
+    print(f"{share:.0%} of the pictures have the same tokens in the same number of steps")
+    assert share == 1
+
+
+def test_in_four_bits(tmp_path: Path, backend_name: str) -> None:
+    model = load(evaluation.converted("pictures", "4bit", tmp_path), backend=backend_name, device="cpu", dtype="float32")
+    found = evaluation.answer(model, reading.fresh_pictures(COUNT, 77))
+    print(f"{backend_name}: {found.read.sum()} of {COUNT} read right, {found.solved.sum()} solved in 4 bits")
+    assert found.read.sum() >= LEAST
