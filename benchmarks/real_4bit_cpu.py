@@ -2,7 +2,7 @@
 
     python benchmarks/real_4bit_cpu.py FOLDER [--threads 2] [--json FILE]
 
-This takes 16.6 GB of disk in FOLDER, and up to 18 GB of memory, most of it pages of the mapped files. FOLDER must not exist. It
+This takes 16.6 GB of disk in FOLDER, and up to 18.5 GB of memory, most of it pages of the mapped files. FOLDER must not exist. It
 is removed at the end unless --keep is given. Names, shapes, types and config.json are those of mlx-community's 4-bit conversion.
 Packed words are uniform. Scales and biases give the weights mean 0, and a deviation with which a projection keeps a token's scale
 (0.019 for rows of 2,816), logits deviate by 6, and the router's scores by 1.
@@ -39,7 +39,7 @@ from support.real_layout import DATA, stored_tensors  # noqa: E402
 
 SHARD_BYTES, PIECE = 5_000_000_000, 2**24
 ITEMSIZE = {"BF16": 2, "U32": 4}
-PROMPT, BOUND = 64, 18e9
+PROMPT, BOUND = 64, 19e9  # 16.5 GB of weights, of which the vision tower takes 2.3 GB in float32 instead of 1.1
 
 
 def write(folder: Path) -> None:
@@ -154,7 +154,7 @@ def run(folder: Path, threads: int, steps: int) -> dict[str, Any]:
     signal, clock, seconds["steps"] = None, Clock(), []
     for step in range(1, steps + 1):
         if step == steps:
-            clock.watch(packing, "dequantize", "dequantize")
+            clock.watch(packing.Room, "widen", "widening weights")
             clock.watch(quantized.QuantizedExpertLinear, "forward", "products, experts")
             clock.watch(quantized.QuantizedLinear, "forward", "products, other projections")
             clock.watch(quantized.QuantizedEmbedding, "as_linear", "products, output head")
