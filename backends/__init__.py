@@ -169,6 +169,10 @@ class Denoised(NamedTuple):
     self_conditioning: Any
 
 
+#: Waits for a pass that was launched, and returns one result per row. To be called once.
+Pending = Callable[[], list[Denoised]]
+
+
 class Backend(Protocol):
     """One loaded checkpoint on one framework and device.
 
@@ -214,14 +218,23 @@ class Backend(Protocol):
         """
         ...
 
+    def launch(self, rows: Sequence[Row]) -> Pending:
+        """Begin one denoising step of each row, in one pass over the model.
+
+        A device that works beside the host begins at once. A backend that computes on the host does so in the wait. What is
+        wrong with the rows is raised here or by the wait. Nobody has to wait: a pass writes only into room behind the caches'
+        committed positions, so one that is dropped leaves nothing behind.
+        """
+        ...
+
     def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
-        """One denoising step of each row, in one pass over the model."""
+        """:meth:`launch`, and the wait for its results."""
         ...
 
     def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
         """Natural-log probability float32 [L] of each token of a canvas. The model sees the whole canvas, including the token.
 
-        The distribution is the same softmax(logits / temperature) as in :meth:`denoise`. Noise keys and frozen positions are
+        The distribution is the same softmax(logits / temperature) as in :meth:`launch`. Noise keys and frozen positions are
         ignored.
         """
         ...

@@ -6,13 +6,19 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.fields import shown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class DenoisingOptions(TypedDict, total=False):
-    """Fields of :class:`~mlx_diffgemma.config.GenerationConfig` except ``max_new_tokens``; None takes the checkpoint's value."""
+    """A preset, and fields of :class:`~mlx_diffgemma.config.GenerationConfig` except ``max_new_tokens``.
 
+    The preset is one of :data:`mlx_diffgemma.presets.PRESETS`. The fields replace its values. None takes the preset's value, and
+    without a preset the checkpoint's.
+    """
+
+    preset: str | None
     max_denoising_steps: int | None
     t_min: float | None
     t_max: float | None
@@ -50,9 +56,9 @@ def spelled_out(function: Function) -> Function:
     return function
 
 
-def unknown_option(name: str, known: Iterable[str]) -> InputError:
+def unknown_option(name: str, known: Iterable[str], kind: str = "option") -> InputError:
     """The error for an option that does not exist. It suggests the option with the nearest name."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return InputError(
-        f"unknown option {name!r}; " + (f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}")
+        f"unknown {kind} {shown(name)}; " + (f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}")
     )

@@ -29,6 +29,7 @@ from mlx_diffgemma.backends import (
     Backend,
     Cache,
     Denoised,
+    Pending,
     Piece,
     Row,
     check_computed,
@@ -82,7 +83,8 @@ class Draft:
         entropy: float32 [L], nats.
         accepted: bool [L], which positions took their sampled token.
         done: whether the canvas needs no further step.
-        seconds: wall time of the step.
+        seconds: wall time of the step. The time in which the caller handles events does not count, although a device may work
+            meanwhile.
     """
 
     block: int
@@ -105,7 +107,7 @@ class Block:
         tokens: int32 [L], with padding after the first end token.
         steps: denoising steps that the block took.
         ended: whether the text has ended.
-        encode_seconds, denoise_seconds: wall time of encoding and of denoising.
+        encode_seconds, denoise_seconds: wall time of encoding, and of all steps as in :class:`Draft`.
         logprobs: float32, the natural-log probability of each token given all tokens before it, under the causal model at
             temperature 1, for the tokens up to the text's end. None when not requested.
     """
@@ -229,6 +231,9 @@ def block_diffusion(backend: Backend, text: Text, config: GenerationConfig) -> I
     To continue the text, use the same cache, here or in :func:`~mlx_diffgemma.causal.causal`. The last block is not in the cache
     yet: pass it as the prompt. With ``logprobs`` it is in the cache, up to the text's end.
 
+    A step is launched before the events of the step before it are yielded, so that a device works while the caller handles them.
+    When you stop reading, that step is dropped. It changes nothing in the cache.
+
     Yields:
         A :class:`Draft` after each denoising step, and a :class:`Block` after each canvas.
 
@@ -275,18 +280,17 @@ class _Writing:
         self.canvas = Canvas.begin(text, 0, rules)
         self.encode_seconds = self.denoise_seconds = 0.0  # for this block
 
-    def stepped(self, answer: Denoised, temperature: float, seconds: float) -> Iterator[Draft | Block]:
-        """Take the result of a step, and commit the canvas if it is done."""
+    def decided(self, answer: Denoised, temperature: float, seconds: float) -> Draft:
+        """Take the result of a step that has taken ``seconds`` so far."""
         started, seen = time.perf_counter(), self.canvas.tokens
         self.canvas = canvas = decide(self.canvas, answer, self.rules)
         seconds += time.perf_counter() - started
         self.denoise_seconds += seconds
         parts = canvas.argmax, canvas.entropy, canvas.accepted, canvas.done
-        yield Draft(canvas.block, canvas.step, temperature, seen, *parts, seconds)
-        if canvas.done:
-            yield self._commit()
+        return Draft(canvas.block, canvas.step, temperature, seen, *parts, seconds)
 
-    def _commit(self) -> Block:
+    def committed(self) -> Block:
+        """Commit the canvas, which is done, and begin the next one."""
         canvas, config = self.canvas, self.rules.config
         tokens, count = commit(canvas.argmax, config)
         ended = count < len(tokens) or int(tokens[-1]) in config.eos_token_ids
@@ -305,25 +309,76 @@ class _Writing:
         return block
 
 
-def _diffuse(backend: Backend, writing: Sequence[_Writing], size: int) -> Iterator[tuple[int, Draft | Block]]:
+class _Step:
+    """One denoising step of some texts' canvases, in one pass."""
+
+    def __init__(self, backend: Backend, texts: Sequence[tuple[int, _Writing]]) -> None:
+        self.backend, self.texts = backend, texts
+        self.rows: list[Row] = []
+        self.pending: Pending | None = None
+        self.seconds = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether a canvas is done. What follows it is not known before it is committed."""
+        return any(each.canvas.done for _, each in self.texts)
+
+    def encode(self) -> None:
+        """Encode what comes before the canvases."""
+        while to_encode := [each for _, each in self.texts if each.pending]:
+            started = time.perf_counter()
+            self.backend.encode([Piece(each.pending.pop(0), each.cache) for each in to_encode])
+            seconds = time.perf_counter() - started
+            for each in to_encode:
+                each.encode_seconds += seconds
+
+    def launch(self) -> None:
+        """Launch the pass, unless it is launched already or something must be encoded first."""
+        if self.pending is None and not any(each.pending for _, each in self.texts):
+            started = time.perf_counter()
+            self.rows = [each.canvas.row(each.cache, each.rules) for _, each in self.texts]
+            self.pending = self.backend.launch(self.rows)
+            self.seconds += time.perf_counter() - started
+
+    def drafts(self) -> Iterator[tuple[int, _Writing, Draft]]:
+        """Wait for the pass, and decide text by text."""
+        assert self.pending is not None
+        started = time.perf_counter()
+        answers = self.pending()
+        self.seconds += time.perf_counter() - started
+        for (index, each), row, answer in zip(self.texts, self.rows, answers, strict=True):
+            yield index, each, each.decided(answer, row.temperature, self.seconds)
+
+
+def _steps(backend: Backend, writing: Sequence[_Writing], size: int) -> Iterator[_Step]:
+    """The steps of all texts, round after round, until all are written. Those of a new round need the last one's commits."""
     active = list(enumerate(writing))
     while active:
-        for group in [active[start : start + size] for start in range(0, len(active), size)]:
-            while to_encode := [each for _, each in group if each.pending]:
-                started = time.perf_counter()
-                backend.encode([Piece(each.pending.pop(0), each.cache) for each in to_encode])
-                seconds = time.perf_counter() - started
-                for each in to_encode:
-                    each.encode_seconds += seconds
-            started = time.perf_counter()
-            rows = [each.canvas.row(each.cache, each.rules) for _, each in group]
-            answers = backend.denoise(rows)
-            seconds = time.perf_counter() - started
-            for (index, each), row, answer in zip(group, rows, answers, strict=True):
-                for event in each.stepped(answer, row.temperature, seconds):
-                    yield index, event
+        yield from (_Step(backend, active[start : start + size]) for start in range(0, len(active), size))
         # A finished canvas that was not replaced by a new one was the last canvas of its text.
         active = [(index, each) for index, each in active if not each.canvas.done]
+
+
+def _diffuse(backend: Backend, writing: Sequence[_Writing], size: int) -> Iterator[tuple[int, Draft | Block]]:
+    steps = _steps(backend, writing, size)
+    following = next(steps, None)
+    while step := following:
+        step.encode()
+        step.launch()
+        decided: list[tuple[int, _Writing, Draft]] = []
+        try:
+            decided.extend(step.drafts())
+            if not step.done:
+                # The device works on the next step while the caller takes the events of this one.
+                following = next(steps)
+                following.launch()
+        finally:  # an error comes after the events before it
+            for index, each, draft in decided:
+                yield index, draft
+                if draft.done:
+                    yield index, each.committed()
+        if following is step:
+            following = next(steps, None)
 
 
 def commit(argmax: NDArray[np.int32], config: GenerationConfig) -> tuple[NDArray[np.int32], int]:

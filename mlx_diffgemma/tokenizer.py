@@ -38,6 +38,7 @@ _PLACE = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 _CUT = "\udfff"
 # Pieces that one step encodes: about 10 ms.
 _PIECES = 1000
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Tokenizer:
@@ -152,14 +153,17 @@ class Tokenizer:
 
         Raises InputError for an id outside the vocabulary.
         """
+        return _UTF8("replace").decode(self.utf8(ids), final)
+
+    def utf8(self, ids: Iterable[int]) -> bytes:
+        """The bytes of :meth:`decode`. They may begin or end within a character."""
         kept = [int(token) for token in ids if token not in self._structural]
         outside = [token for token in kept if not 0 <= token < self.vocab_size]
         if outside:
             raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
         # The libraries' own decoders garble a whole run of bytes if one byte is wrong (tokenizers), or drop control tokens
         # (sentencepiece).
-        written = b"".join(_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(kept))
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final)
+        return b"".join(_piece_bytes(piece) for piece in self._backend.convert_ids_to_tokens(kept))
 
     @checked
     def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
@@ -346,33 +350,27 @@ class Tokenizer:
 
 
 class Growing:
-    """The text of a growing list of tokens. Only the tokens of the last, incomplete character are decoded again.
+    """The text of a growing list of tokens. Each token is decoded once.
 
     Args:
-        decode: :meth:`Tokenizer.decode`, or a function with the same arguments.
+        utf8: :meth:`Tokenizer.utf8`, or a function with the same arguments.
     """
 
-    def __init__(self, decode: Callable[..., str]) -> None:
-        self.decode = decode
-        self._pending: list[int] = []  # the tokens since the last complete character
-        self._told = 0  # how many of their characters were returned
+    def __init__(self, utf8: Callable[[Iterable[int]], bytes]) -> None:
+        self._utf8, self._decoder = utf8, _UTF8("replace")
 
     def add(self, tokens: Iterable[int]) -> str:
         """Add tokens, and return the new text. An incomplete character at the end is held back."""
-        self._pending += tokens
-        text = self.decode(self._pending, final=False)
-        new = text[self._told :]
-        if self.decode(self._pending) == text:
-            self._pending, self._told = [], 0
-        else:
-            self._told = len(text)
-        return new
+        return self._decoder.decode(self._utf8(tokens))
+
+    @property
+    def complete(self) -> bool:
+        """Whether no character is held back."""
+        return not self._decoder.getstate()[0]
 
     def end(self) -> str:
         """Return the text that was held back, incomplete as it is."""
-        new = self.decode(self._pending)[self._told :]
-        self._pending, self._told = [], 0
-        return new
+        return self._decoder.decode(b"", True)
 
 
 def _check_unicode(text: str) -> None:

@@ -5,7 +5,7 @@ comes from the committed blocks.
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from mlx_diffgemma.config import CausalConfig, GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.options import unknown_option
 from mlx_diffgemma.prefix_cache import Context
+from mlx_diffgemma.presets import OPTIONS, configured
 from mlx_diffgemma.sampler import Block, Draft, Text, block_diffusion, check_seed, check_text
 from mlx_diffgemma.settling import Front, Settled
 from mlx_diffgemma.tokenizer import Growing, Tokenizer
@@ -192,18 +193,23 @@ Event = Draft | Block | Token | Part | Generation
 def sampling_config(generation: GenerationConfig, mode: str, options: Mapping[str, Any]) -> GenerationConfig | CausalConfig:
     """The checkpoint's ``generation`` values for ``mode``, replaced by the ``options`` that are not None.
 
-    Raises InputError for an unknown mode or option, an option of the other mode, or a bad value.
+    ``options`` may have a ``preset`` in the diffusion mode; the others replace its values. Raises InputError for an unknown mode,
+    preset or option, an option of the other mode, or a bad value.
     """
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; known are {' and '.join(MODES)}")
-    own, other = (GenerationConfig, CausalConfig) if mode == "diffusion" else (CausalConfig, GenerationConfig)
+    own, other = OPTIONS, tuple(CausalConfig.option_names())
+    if mode == "causal":
+        own, other = other, own
     for name, value in options.items():
-        if name not in (*own.option_names(), *other.option_names()):
-            raise unknown_option(name, own.option_names())
-        if value is not None and name not in own.option_names():
+        if name not in (*own, *other):
+            raise unknown_option(name, own)
+        if value is not None and name not in own:
             raise InputError(f"{name} belongs to the {MODES[mode == 'diffusion']} mode; leave it out, or change the mode")
-    config = generation if mode == "diffusion" else CausalConfig.from_generation(generation)
-    return config.replace(**{name: value for name, value in options.items() if name in own.option_names()})
+    given = {name: value for name, value in options.items() if name in own}
+    if mode == "causal":
+        return CausalConfig.from_generation(generation).replace(**given)
+    return configured(generation, given)
 
 
 def fresh_seed() -> int:
@@ -240,7 +246,7 @@ def write(
         events = causal(backend, text, writing.config)
     else:
         events = block_diffusion(backend, text, writing.config)
-    shown, committed = (_Grown(tokenizer.decode, reader(), writing) for _ in range(2))
+    shown, committed = (_Grown(tokenizer.utf8, reader(), writing) for _ in range(2))
     rule = None if writing.logprobs else writing.settled
     return _Write(context, events, writing.seed, rule, shown, committed).run(stopping)
 
@@ -312,11 +318,11 @@ class _Grown:
         finish_reason: "stop" or "length" once the text has ended.
     """
 
-    def __init__(self, decode: Callable[..., str], reader: Reader, writing: Writing) -> None:
+    def __init__(self, utf8: Callable[[Iterable[int]], bytes], reader: Reader, writing: Writing) -> None:
         self.tokens: list[int] = []
         self.parts: list[Part] = []
         self.finish_reason: str | None = None
-        self._growing, self._reader, self._stop = Growing(decode), reader, _Stop(writing.stop)
+        self._growing, self._reader, self._stop = Growing(utf8), reader, _Stop(writing.stop)
         self._config = writing.config
 
     def add(self, tokens: NDArray[np.int32]) -> list[Part]:

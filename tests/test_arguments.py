@@ -77,6 +77,7 @@ def calls(model: DiffusionGemma) -> dict[str, tuple[Call, dict[str, tuple[Any, .
         **dict.fromkeys(("max_denoising_steps", "stability_threshold", "canvas_length", "pad_token_id"), NO_INTEGERS),
         **dict.fromkeys(("t_min", "t_max", "entropy_bound", "confidence_threshold"), ("1", True, float("nan"), np.nan, *NOTHING)),
         "greedy": NO_FLAGS,
+        "preset": (*NO_STRINGS, "", "turbo", "x" * 10**6),
         "eos_token_ids": (5, "1", ["1"], [1.5], {1}, b"1", [[1]], [None], np.array([1.5])),
     }
     templates = (b"x", 5, [5], [b"x"], [Hole(), None], {"x": 1}, object(), True)
@@ -290,7 +291,7 @@ if not child:
         lambda: model.score([3]),
         lambda: proofread(model, "Hi"),
         lambda: list(Conversation(model).send("Hi")),
-        lambda: next(events),
+        lambda: list(events),
         lambda: model.backend.next_logits([model.backend.new_cache()]),
         lambda: load(sys.argv[1], backend=sys.argv[2]),
     ):

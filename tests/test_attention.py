@@ -67,6 +67,22 @@ def test_a_position_sees_those_before_it(backend_name: str, count: int, total: i
     assert_close(found, plain(*arrays, seen), 1e-4, f"{backend_name}, {count} of {total}, window {window}")
 
 
+def test_tiles_in_bfloat16() -> None:
+    """On a GPU, tiles of scores and weights are in the activations' type, and what is added up is in float32."""
+    mx = pytest.importorskip("mlx.core")
+    from mlx_diffgemma.backends.mlx import attention
+
+    queries, keys, values = (array_of("mlx", each).astype(mx.bfloat16) for each in random(9, 2 * KEY_TILE + 77))
+    exact = plain(*(np.array(each.astype(mx.float32)) for each in (queries, keys, values)), np.ones((1, keys.shape[2]), bool))
+    whole = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)  # in one piece, in bfloat16
+    tiled, piece = (
+        np.abs(np.array(each.astype(mx.float32)) - exact).mean()
+        for each in (attention.bidirectional(queries, keys, values), whole)
+    )
+    print(f"mean error {tiled:.1e} in tiles, {piece:.1e} in one piece")
+    assert tiled < 1.2 * piece
+
+
 #: Images among 700 queries: at the start, across ends of tiles, longer than a tile, of one token, at the end.
 IMAGES = ((0, 3), (5, 6), (QUERY_TILE - 2, QUERY_TILE + 1), (300, 300 + QUERY_TILE + 20), (590, 600), (640, 700))
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,16 @@ def test_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     boxed = local_folder("sudoku")
     assert boxed is not None
     assert (boxed / "model.safetensors").exists()
+
+
+def test_a_stream_that_several_threads_read(backend_name: str) -> None:
+    """A server may take each event of a stream in another thread of a pool."""
+    model = load("sudoku", backend=backend_name, device="cpu", dtype="float32")
+    clues, found = fresh_puzzle(6, 12, seed=3).clues.text(), list[Any]()
+    stream = model.stream(clues, seed=1)
+    while not found or found[-1] is not None:
+        reader = threading.Thread(target=lambda: found.append(next(stream, None)))
+        reader.start()
+        reader.join()
+        assert len(found) < 200
+    assert found[-2].tokens == model.generate(clues, seed=1).tokens

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_diffgemma.backends.room import ALIGNMENT, MOST_GROWTH, Room
 from support.fake import MODEL
-from support.long_context import array_of
+from support.long_context import array_of, entries_of
 
 STEP = 5
 
@@ -60,9 +60,9 @@ def test_forks_that_append_and_hold_canvases_see_their_own(backend_name: str, wi
             numbers, keys, values = drawn(length)
             expected, before = [*text.visible(window), *numbers], text.layer.buffer
             if kind < 0.6:
-                assert keys_of(text.layer.extended(keys, values)) == expected
+                assert keys_of(text.layer.extended(*entries_of(backend_name, keys, values))) == expected
             else:
-                assert keys_of(text.layer.append(keys, values)) == expected
+                assert keys_of(text.layer.append(*entries_of(backend_name, keys, values))) == expected
                 text.keys += numbers
             copied += before is not None and text.layer.buffer is not before
         assert all(text.layer.length == len(text.keys) for text in texts)
@@ -74,20 +74,20 @@ def test_a_fork_shares_its_buffers_until_it_must_copy(backend_name: str) -> None
     cache = importlib.import_module(f"mlx_diffgemma.backends.{backend_name}.cache")
     first = cache.Cache(MODEL)
 
-    def some(length: int) -> Any:
-        return array_of(backend_name, np.ones((1, 1, length, 8), np.float32))
+    def some(length: int) -> tuple[Any, ...]:
+        return entries_of(backend_name, *[array_of(backend_name, np.ones((1, 1, length, 8), np.float32))] * 2)
 
     for layer in first.layers:
-        layer.append(some(9), some(9))
+        layer.append(*some(9))
     fork = first.fork()
     assert fork.buffers() == first.buffers()
     assert fork.nbytes == first.nbytes == 2 * 8 * 4 * first.layers[0].buffer.capacity
     for layer in fork.layers:
-        layer.extended(some(3), some(3))
-        layer.append(some(3), some(3))  # takes the room after the shared positions
+        layer.extended(*some(3))
+        layer.append(*some(3))  # takes the room after the shared positions
     assert fork.buffers().keys() == first.buffers().keys()
     for layer in first.layers:
-        layer.extended(some(2), some(2))  # the room is taken
+        layer.extended(*some(2))  # the room is taken
     assert not fork.buffers().keys() & first.buffers().keys()
 
 

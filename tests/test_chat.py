@@ -17,7 +17,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import DummyInput
 from prompt_toolkit.output import DummyOutput
-from test_live import DIM, block, decode, draft
+from test_live import DIM, block, draft, utf8
 
 from mlx_diffgemma import Content, Conversation, Reasoning, Reply, ToolCall, load
 from mlx_diffgemma.cli import chat as chat_module
@@ -262,7 +262,7 @@ def test_thoughts_are_dim_and_calls_stand_on_their_lines() -> None:
         Content("is "),
         Content("blue\n"),
     ]
-    with chat_module.LiveReply(screen.console(), decode, 100) as show:
+    with chat_module.LiveReply(screen.console(), utf8, 100) as show:
         show(draft(1, [0, 1, 2, 3]))
         show(block(0, [0, 1, 2, 3]))
         for part in parts:

@@ -23,6 +23,7 @@ from support.checkpoints import make_chat_checkpoint
 from support.comparing import assert_close
 from support.fake import Asked, FakeBackend, L, full
 from support.scheduling import Bench, Inbox
+from support.signals import times
 
 NAN, INF = np.float32("nan"), np.float32("inf")
 LINE = r"the model computed (NaN|infinity) in .*; the weights or the device are damaged: try `mlx-diffgemma verify MODEL`$"
@@ -39,8 +40,28 @@ def model(folder: Path, backend_name: str) -> DiffusionGemma:
     return load(folder, backend=backend_name)
 
 
+def joined(backend: Any, path: str, place: Any) -> tuple[str, Any]:
+    """Where MLX's model has a weight's numbers: it joins the projections that have the same input."""
+    config, layer = backend.config, backend.config.layers[0]
+    queries = config.num_attention_heads * layer.head_dim * config.hidden_size
+    keys = layer.num_key_value_heads * layer.head_dim * config.hidden_size
+    wholes = {
+        ".q_proj": (".qkv_proj.parts.0", 0),
+        ".k_proj": (".qkv_proj.parts.0", queries),
+        ".v_proj": (".qkv_proj.parts.0", queries + keys),
+        ".mlp.gate_proj": (".mlp.gate_up_proj.parts.0", 0),
+        ".mlp.up_proj": (".mlp.gate_up_proj.parts.0", config.intermediate_size * config.hidden_size),
+    }
+    for part, (whole, before) in wholes.items():
+        if part in path:
+            return path.replace(part, whole), slice(before, None) if isinstance(place, slice) else place + before
+    return path, place
+
+
 def poison(backend: Any, path: str, *, value: float = np.nan, place: Any = 0) -> None:
     """Put a value into a weight of a loaded model, where no check of the file can see it."""
+    if backend.name == "mlx":
+        path, place = joined(backend, path, place)
     *modules, name = path.split(".")
     module = backend.model
     for step in modules:
@@ -123,7 +144,7 @@ def test_the_other_rows_of_a_pass_go_on(folder: Path, backend_name: str) -> None
     rows = [Row(np.arange(8 * n, 8 * n + 8, dtype=np.int32), cache, 1.0) for n, cache in enumerate(caches)]
     rows = [replace(row, self_conditioning=backend.denoise([row])[0].self_conditioning) for row in rows]
     alone = [backend.denoise([row])[0] for row in rows]
-    rows[1] = replace(rows[1], self_conditioning=rows[1].self_conditioning * float("nan"))
+    rows[1] = replace(rows[1], self_conditioning=times(rows[1].self_conditioning, float("nan")))
     together = backend.denoise(rows)
     with pytest.raises(ComputationError, match=LINE):
         check_computed(together[1].entropy, "a denoising step")

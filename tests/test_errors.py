@@ -236,6 +236,7 @@ def test_mlx_gpu_that_is_not_there(chat: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (["--max-new-tokens", "0"], "max_new_tokens must be an integer from 1 to 16777216, got 0"),
         (["--max-new-tokens", "-3"], "max_new_tokens must be an integer from 1 to 16777216, got -3"),
+        (["--preset", "fats"], "unknown preset 'fats'; did you mean fast?"),
         (["--max-denoising-steps", "0"], "max_denoising_steps must be an integer from 1 to 1024, got 0"),
         (["--canvas-length", "0"], "canvas_length must be an integer from 1 to 4096, got 0"),
         (["--canvas-length", "9"], "canvas_length 9 is larger than the model's 8; use 8 or less"),
@@ -339,12 +340,15 @@ def test_seeds_of_the_wrong_form(model: DiffusionGemma, seed: Any) -> None:
 
 def test_options_of_the_wrong_form(model: DiffusionGemma) -> None:
     for options, expected in (
-        ({"heat": 1.0}, r"unknown option 'heat'; known are max_new_tokens, max_denoising_steps, .*, canvas_length$"),
+        ({"heat": 1.0}, r"unknown option 'heat'; known are preset, max_new_tokens, .*, canvas_length$"),
         ({"max_new_token": 1}, r"unknown option 'max_new_token'; did you mean max_new_tokens\?$"),
         ({"tmax": 1.0}, r"unknown option 'tmax'; did you mean t_max\?$"),
         ({"heat": None}, "unknown option 'heat'"),
         ({"top_k": 5}, "top_k belongs to the causal mode; leave it out, or change the mode"),
         ({"mode": "causal", "t_max": 0.5}, "t_max belongs to the diffusion mode; leave it out, or change the mode"),
+        ({"mode": "causal", "preset": "fast"}, "preset belongs to the diffusion mode; leave it out, or change the mode"),
+        ({"preset": "fats"}, r"unknown preset 'fats'; did you mean fast\?$"),
+        ({"preset": "turbo"}, "unknown preset 'turbo'; known are exact, fast, draft$"),
         ({"mode": "causal", "topk": 5}, r"unknown option 'topk'; did you mean top_k\?$"),
         ({"mode": "sideways"}, "unknown mode 'sideways'; known are diffusion and causal"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer"),

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from mlx_diffgemma import DiffusionGemma, InputError, infill, load
-from mlx_diffgemma.backends import Backend, Cache, Denoised, Piece, Row
+from mlx_diffgemma.backends import Backend, Cache, Pending, Piece, Row
 from mlx_diffgemma.backends.torch.reference import load as load_reference
 from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.cli import main
@@ -287,9 +287,9 @@ class Watched:
             self.prompt += [token for piece in pieces for token in piece.tokens.tolist()]
         self.backend.encode(pieces)
 
-    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+    def launch(self, rows: Sequence[Row]) -> Pending:
         self.begun += [(row.cache, []) for row in rows if all(row.cache is not cache for cache, _ in self.begun)]
-        return self.backend.denoise(rows)
+        return self.backend.launch(rows)
 
     def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
         for row in rows:

@@ -1,8 +1,7 @@
 """The live view on an emulated terminal: its text, its styles, and the text that stays at the end."""
 
-import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -44,13 +43,12 @@ WORDS = [
 END = 10  # its text is empty
 
 
-def decode(ids: Sequence[int], *, final: bool = True) -> str:
+def decode(ids: Iterable[int]) -> str:
     return "".join(WORDS[token] for token in ids)
 
 
-def byte_decode(ids: Sequence[int], *, final: bool = True) -> str:
-    """Each token is a byte of UTF-8."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(ids), final)
+def utf8(ids: Iterable[int]) -> bytes:
+    return decode(ids).encode()
 
 
 def draft(step: int, tokens: Sequence[int], accepted: ArrayLike = (), block: int = 0) -> Draft:
@@ -76,7 +74,7 @@ def generation(tokens: Sequence[int]) -> Generation:
 
 
 def view(screen: Screen, max_new_tokens: int = 1000) -> LiveView:
-    return LiveView(screen.console(), decode, max_new_tokens)
+    return LiveView(screen.console(), utf8, max_new_tokens)
 
 
 def test_states() -> None:
@@ -113,7 +111,7 @@ def test_styles_of_the_canvas() -> None:
 
 def test_without_colour_the_states_still_differ() -> None:
     screen = Screen(80, 24)
-    with LiveView(screen.console(no_color=True), decode, 1000) as show:
+    with LiveView(screen.console(no_color=True), utf8, 1000) as show:
         show(draft(1, [0, 1, 2], accepted=[0, 1]))
         show(draft(2, [0, 4, 2], accepted=[0]))
         assert (screen.styled(""), screen.styled("4"), screen.styled(DIM)) == (f"The {screen.lines[-1]}", ".", "is ")
@@ -238,21 +236,21 @@ def test_escape_sequences_are_shown_as_text() -> None:
 
 def test_a_character_of_several_tokens_is_one_piece() -> None:
     tokens = list("aé日🙂".encode())
-    assert [(run.start, run.stop, text) for run, text in pieces(tokens, byte_decode)] == [
+    assert [(run.start, run.stop, text) for run, text in pieces(tokens, bytes)] == [
         (0, 1, "a"),
         (1, 3, "é"),
         (3, 6, "日"),
         (6, 10, "🙂"),
     ]
     screen = Screen(80, 24)
-    with LiveView(screen.console(), byte_decode, 100) as show:
+    with LiveView(screen.console(), bytes, 100) as show:
         show(draft(1, tokens, accepted=[0, 4, 6]))
         show(draft(2, tokens, accepted=[0, 4, 6]))  # the second byte of 日 is settled, and the first of 🙂
         assert (screen.styled(""), screen.styled(DIM)) == ("a🙂", "é日")
 
 
 def test_an_unfinished_character_at_the_end_is_shown() -> None:
-    assert [text for _, text in pieces(list("a日".encode())[:-1], byte_decode)] == ["a", "\ufffd"]
+    assert [text for _, text in pieces(list("a日".encode())[:-1], bytes)] == ["a", "\ufffd"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -306,3 +304,53 @@ def test_it_is_not_live_where_unicode_cannot_be_shown(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Terminal, "encoding", "iso-8859-1")
     monkeypatch.setattr(sys, "stdout", Terminal(80, 24))
     assert live_console() is None
+
+
+@pytest.mark.parametrize("width", [5, 8, 13, 40])
+def test_rows_do_not_depend_on_how_the_text_came(width: int) -> None:
+    """In parts, in a window of another width, or in the canvas: with wide and combining characters, and tabs to their stops."""
+    rng = np.random.default_rng(width)
+    for _ in range(40):
+        canvas = rng.integers(0, len(WORDS), 6).tolist()
+        finished = [token for token in rng.integers(0, len(WORDS), 12).tolist() if WORDS[token] != "\n"]  # it can be redrawn
+
+        def shown(parts: Sequence[Sequence[int]], canvas: Sequence[int], before: int = width) -> list[str]:
+            screen = Screen(before, 60)
+            with view(screen) as show:
+                for part in parts:
+                    show(Content(decode(part)))
+                screen.resize(width, 60, show.console)
+                show(draft(1, canvas, block=1))
+                *lines, _ = screen.lines
+            return "\n".join(lines).rstrip().split("\n")
+
+        whole = shown([[*finished, *canvas]], [END])
+        assert shown([[token] for token in finished], canvas) == whole, f"in parts: {finished}, {canvas}"
+        assert shown([finished], canvas, before=9) == whole, f"in another window: {finished}, {canvas}"
+
+
+def test_finished_tokens_are_decoded_once() -> None:
+    decoded: list[int] = []
+
+    def counted(ids: Iterable[int]) -> bytes:
+        decoded.extend(ids := list(ids))
+        return utf8(ids)
+
+    with LiveView(Screen(40, 12).console(), counted, 1000) as show:
+        for index in range(20):
+            for step in range(1, 4):
+                before = len(decoded)
+                show(draft(step, [0, 1, 2, 3], block=index))
+                assert len(decoded) - before == 4, f"in block {index}"
+            commit(show, index, [0, 1, 2, 3])
+
+
+def test_a_character_that_crosses_a_block_counts_with_all_its_tokens() -> None:
+    first, second = list("a🙂".encode())[:3], list("a🙂b".encode())[3:]
+    screen = Screen(80, 24)
+    with LiveView(screen.console(), bytes, 100) as show:
+        for index, (tokens, count) in enumerate(((first, 3), (second, 6))):
+            show(draft(1, tokens, block=2 * index))
+            show(block(2 * index, tokens))
+            show(draft(1, [0], block=2 * index + 1))
+            assert screen.lines[-1].endswith(f"tokens per forward {count / (2 * index + 2):.1f}")

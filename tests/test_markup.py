@@ -165,7 +165,9 @@ def test_parts_come_as_early_as_they_are_certain():
         ("Yes, 1 <", [Content("Yes, 1 ")]),
         (" 2", [Content("< 2")]),
         ("<|tool_call>", []),
-        ('call:get_weather{city:<|"|>Paris<|"|>}<tool_call|', []),
+        ('call:get_weather{city:<|"|>Paris<|', []),
+        ('"', []),
+        ("|>}<tool_call|", []),
         ("> ", [PARIS]),
         ("<|tool_call>call:f{a,", [Content(" call:f{a,")]),  # a key cannot end with a comma
         ("<|tool_call>call:f{b:<|", []),

@@ -240,7 +240,7 @@ def test_live_view_of_tokens(tokenizer: Tokenizer) -> None:
             groups.append([])
         groups[-1].append(event)
     assert len(groups) == len(tokens) + 1
-    with LiveView(screen.console(), tokenizer.decode, 100) as show:
+    with LiveView(screen.console(), tokenizer.utf8, 100) as show:
         for index, events in enumerate(groups[:-1]):
             for event in events:
                 show(event)

@@ -126,7 +126,7 @@ def test_bad_input_is_told_before_the_first_event(fake: Callable[..., DiffusionG
     model = fake()
     with pytest.raises(InputError, match="seed"):
         model.stream([5], seed=-1)
-    with pytest.raises(InputError, match="unknown option 'heat'; known are max_new_tokens, "):
+    with pytest.raises(InputError, match="unknown option 'heat'; known are preset, max_new_tokens, "):
         model.stream([5], heat=1.0)
     with pytest.raises(InputError, match=r"unknown option 'max_new_token'; did you mean max_new_tokens\?"):
         model.stream([5], max_new_token=1)

@@ -12,6 +12,7 @@ from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Backend, Cache, Denoised, Piece, Row
 from mlx_diffgemma.errors import InputError
 from support.comparing import assert_close
+from support.signals import numbers_of
 
 Load = Callable[..., Backend]
 
@@ -73,7 +74,7 @@ class Differences:
     def add(self, one: Denoised, other: Denoised) -> None:
         self.tokens += bool((one.argmax != other.argmax).any() or (one.sampled != other.sampled).any())
         self.entropy = max(self.entropy, float(np.abs(one.entropy - other.entropy).max()))
-        signals = [np.array(each.self_conditioning.tolist()) for each in (one, other)]
+        signals = [numbers_of(each.self_conditioning) for each in (one, other)]
         self.signal = max(self.signal, float(np.sqrt(np.square(np.subtract(*signals)).mean() / np.square(signals[0]).mean())))
 
 

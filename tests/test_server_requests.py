@@ -79,7 +79,7 @@ def test_seeds_stops_and_lengths() -> None:
 def test_temperature_scales_the_schedule() -> None:
     own = GenerationConfig(t_min=0.4, t_max=0.8)
     assert Options(temperature=0.5).sampling(own) == {
-        "t_min": 0.2, "t_max": 0.4, "greedy": False, "max_denoising_steps": None
+        "t_min": 0.2, "t_max": 0.4, "greedy": False, "max_denoising_steps": None, "preset": None
     }  # fmt: skip
     for tiny in (0, 1e-300):
         assert Options(temperature=tiny).sampling(own)["greedy"]

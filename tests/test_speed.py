@@ -21,7 +21,7 @@ from mlx_diffgemma.cli import main
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.reports import speed
-from mlx_diffgemma.reports.speed import ImageSpeed, Spread, bench
+from mlx_diffgemma.reports.speed import CanvasSpeed, ImageSpeed, Spread, bench
 from mlx_diffgemma.sampler import Block, Text, block_diffusion
 from support.fake import FakeBackend, full
 
@@ -29,7 +29,7 @@ Folder = Callable[..., Path]
 
 
 #: What the causal pass reads, by its tokens.
-KINDS = {30: "prompt", 8: "canvas", 1: "token", 140: "read 140", 280: "read 280", 1120: "read 1120"}
+KINDS = {30: "prompt", 8: "canvas", 4: "half", 2: "quarter", 1: "token", 140: "read 140", 280: "read 280", 1120: "read 1120"}
 
 
 @dataclass
@@ -49,8 +49,11 @@ class Clock:
         if method == "see":
             kind = f"see {parts[0].soft_tokens}"
         else:
-            kind = method if method == "denoise" else KINDS[len(parts[0].tokens)]
-        known = {"prompt": 2.0 + self.passes.count(kind) % 2, "canvas": 1.5, "token": 0.25, "denoise": 0.5}
+            reads = method != "denoise"
+            kind = KINDS[len(parts[0].tokens if reads else parts[0].canvas)]
+            kind = kind if reads else f"step {kind}"
+        known = {"prompt": 2.0 + self.passes.count(kind) % 2, "canvas": 1.5, "half": 1.0, "quarter": 0.75, "token": 0.25}
+        known |= {"step canvas": 0.5, "step half": 0.375, "step quarter": 0.25}
         known |= {"see 280": 3.0, "read 280": 4.0, "see 1120": 5.0, "read 1120": 6.0, "see 140": 7.0, "read 140": 8.0}
         self.now += known[kind] if kind in self.passes else 100.0
         self.passes.append(kind)
@@ -77,15 +80,20 @@ def clocked(checkpoint: Folder, clock: Clock) -> FakeBackend:
 def test_warmup_does_not_count(clocked: FakeBackend, clock: Clock) -> None:
     config = GenerationConfig(max_new_tokens=12, max_denoising_steps=3, eos_token_ids=tuple(range(128)))
     result = bench(clocked, config, prompt_length=30, repeats=4, warmup=1)
-    # 1 + 4 prompts with a canvas after each; 1 fills the cache, then 1 + 4 steps; a prompt, then 1 + 4 tokens; and the two
-    # blocks of the text, each of which encodes the tokens before it and takes 3 steps
-    steps, text = ["prompt"] + ["denoise"] * 5, ["prompt"] + ["denoise"] * 3 + ["canvas"] + ["denoise"] * 3
-    assert clock.passes == ["prompt", "canvas"] * 5 + steps + ["prompt"] + ["token"] * 5 + text
+    # 1 + 4 prompts with a canvas after each; 1 fills the cache, then 1 + 4 steps; those and 1 + 4 commits of shorter canvases; a
+    # prompt, then 1 + 4 tokens; and the two blocks of the text, each of which encodes the tokens before it and takes 3 steps
+    steps, text = ["prompt"] + ["step canvas"] * 5, ["prompt"] + ["step canvas"] * 3 + ["canvas"] + ["step canvas"] * 3
+    shorter = ["step half"] * 5 + ["half"] * 5 + ["step quarter"] * 5 + ["quarter"] * 5
+    assert clock.passes == ["prompt", "canvas"] * 5 + steps + shorter + ["prompt"] + ["token"] * 5 + text
     signals = [asked.row.self_conditioning for asked in clocked.asked[:5]]
     assert signals == [None, (0, 1), (0, 2), (0, 3), (0, 4)], "each step is fed what the one before believed"
     assert result.prefill == Spread(median=(30 / 2 + 30 / 3) / 2, least=30 / 3, most=30 / 2)
     assert result.step == Spread(0.5, 0.5, 0.5)
     assert result.commit == Spread(1.5, 1.5, 1.5)
+    assert result.shorter == (
+        CanvasSpeed(4, Spread(0.375, 0.375, 0.375), Spread(1.0, 1.0, 1.0)),
+        CanvasSpeed(2, Spread(0.25, 0.25, 0.25), Spread(0.75, 0.75, 0.75)),
+    )
     assert result.token == Spread(0.25, 0.25, 0.25)
     assert (result.text.new_tokens, result.text.denoising_steps) == (12, (3, 3)), "an end token ended the text"
     assert result.text.denoise_seconds == 6 * 0.5
@@ -140,11 +148,27 @@ def test_without_warmup_the_first_run_counts(clocked: FakeBackend) -> None:
 
 def test_choices(clocked: FakeBackend) -> None:
     result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1)
-    # 8 tokens: 8 or 2 steps of 0.5 s and a commit of 1.5 s, against 8 tokens of 0.25 s. 16 do not fit into the canvas.
-    assert result.choices() == [(1, 8 / 5.5, 4.0), (4, 8 / 2.5, 4.0)]
-    assert [choice.mode for choice in result.choices()] == ["causal", "causal"]
-    faster = dataclasses.replace(result, token=Spread(0.5, 0.5, 0.5))
-    assert [choice.mode for choice in faster.choices()] == ["causal", "diffusion"]
+    # 8 tokens: 8 or 2 steps of 0.5 s and a commit of 1.5 s, against 8 tokens of 0.25 s. 16 do not fit into the canvas. Shorter
+    # canvases: 4 or 1 steps of 0.375 s and a commit of 1 s for 4 tokens; 2 or 1 steps of 0.25 s and 0.75 s for 2 tokens.
+    one, four = result.choices()
+    assert one == (1, 8 / 5.5, 4.0, 8, ((4, 4 / 2.5, pytest.approx(1.5 / 1.75)), (2, 2 / 1.25, pytest.approx(0.5 / 0.625))))
+    assert four == (4, 8 / 2.5, 4.0, 8, ((4, 4 / 1.375, None), (2, 2 / 1.0, None)))  # 8 / 2.5 leaves 0.25 s for 4 tokens
+    assert [choice.options for choice in (one, four)] == ["--mode causal", "--mode causal"]
+    slower = dataclasses.replace(result, token=Spread(1.0, 1.0, 1.0))
+    assert [choice.options for choice in slower.choices()] == ["--canvas-length 4", "--canvas-length 8"]
+    assert [choice.mode for choice in slower.choices()] == ["diffusion", "diffusion"]
+
+
+def test_what_a_shorter_canvas_needs(clocked: FakeBackend) -> None:
+    """At the number of tokens that it needs, a canvas is as fast as the whole one. With any other number it is not."""
+    result = bench(clocked, GenerationConfig(max_new_tokens=1), prompt_length=30, repeats=1)
+    for choice in result.choices():
+        for canvas, shorter in zip(result.shorter, choice.shorter, strict=True):
+            if shorter.needed is None:
+                assert canvas.tokens_per_second(canvas.length) < choice.diffusion
+            else:
+                assert canvas.tokens_per_second(shorter.needed) == pytest.approx(choice.diffusion)
+                assert canvas.tokens_per_second(0.9 * shorter.needed) < choice.diffusion
 
 
 def test_spread() -> None:
@@ -203,9 +227,15 @@ def test_json_of_the_command(checkpoint: Folder, backend: Callable[..., Backend]
     for spread in (*(result[name] for name in ("prefill", "step", "commit", "token")), image["tower"], image["encode"]):
         assert 0 < spread["least"] <= spread["median"] <= spread["most"]
     assert [choice["tokens_per_forward"] for choice in result["choices"]] == [1, 4]
+    assert [each["length"] for each in result["shorter"]] == [4, 2]
     for choice in result["choices"]:
+        speeds = {8: choice["diffusion"], **{each["length"]: each["diffusion"] for each in choice["shorter"]}}
+        assert choice["canvas_length"] == max(speeds, key=lambda length: speeds[length])
+        assert choice["options"] == (
+            "--mode causal" if choice["mode"] == "causal" else f"--canvas-length {choice['canvas_length']}"
+        )
         assert choice["causal"] == pytest.approx(1 / result["token"]["median"])
-        assert choice["mode"] == ("diffusion" if choice["diffusion"] > choice["causal"] else "causal")
+        assert choice["mode"] == ("diffusion" if max(speeds.values()) > choice["causal"] else "causal")
     assert {name: result[name] for name in ("model", "backend", "device", "dtype", "canvas_length", "repeats", "seed")} == {
         "model": str(folder),
         "backend": backend_name,
@@ -242,7 +272,7 @@ def test_text_of_the_command(checkpoint: Folder, backend_name: str) -> None:
     without = CliRunner().invoke(main, ["bench", str(checkpoint("base")), "--backend", backend_name, *arguments, "--no-images"])
     assert without.exit_code == 0
     assert "image" not in without.stdout
-    assert run.stdout.splitlines()[-3].split("  ")[0] == "tokens per forward"
+    assert run.stdout.splitlines()[-3].split("  ")[0] == "tokens per step"
     assert [line.split()[0] for line in run.stdout.splitlines()[-2:]] == ["1", "4"]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_diffgemma.backends import Backend, Denoised, Piece, Row, load_backend
+from mlx_diffgemma.backends import Backend, Pending, Piece, Row, load_backend
 from mlx_diffgemma.backends.torch import reference as reference_module
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization
 from mlx_diffgemma.errors import BackendError, CheckpointError, InputError
@@ -90,7 +90,8 @@ def test_divergence_is_that_of_torch(checkpoint: Folder) -> None:
 
 
 def scaled_layer(backend: Any) -> None:
-    scaled(backend.model.layers[1].mlp.gate_proj, 1.02)
+    mlp = backend.model.layers[1].mlp
+    scaled(mlp.gate_proj if backend.name == "torch" else mlp.gate_up_proj.parts[0], 1.02)
 
 
 def swapped_scalars(backend: Any) -> None:
@@ -127,13 +128,13 @@ def not_a_number(backend: Any) -> None:
 
 
 def other_samples(backend: Any) -> None:
-    denoise = backend.denoise
+    launch, size = backend.launch, backend.config.vocab_size
 
-    def wrong(rows: Sequence[Row]) -> list[Denoised]:
-        size = backend.config.vocab_size
-        return [answer._replace(sampled=(answer.sampled + 1) % size) for answer in denoise(rows)]
+    def wrong(rows: Sequence[Row]) -> Pending:
+        wait = launch(rows)
+        return lambda: [answer._replace(sampled=(answer.sampled + 1) % size) for answer in wait()]
 
-    backend.denoise = wrong
+    backend.launch = wrong
 
 
 WRONG = [

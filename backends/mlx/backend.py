@@ -1,6 +1,7 @@
 """The MLX implementation of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from mlx_diffgemma.backends import (
     Denoised,
     Features,
+    Pending,
     Piece,
     Place,
     Progress,
@@ -23,10 +25,11 @@ from mlx_diffgemma.backends import (
     check_tokens,
 )
 from mlx_diffgemma.backends.memory import main_memory
+from mlx_diffgemma.backends.mlx import kernels
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
 from mlx_diffgemma.backends.mlx.quantized import quantize_modules
-from mlx_diffgemma.backends.mlx.step import Inputs, logprobs, score, step
+from mlx_diffgemma.backends.mlx.step import Inputs, Signal, SoftEmbeddings, logprobs, score, step
 from mlx_diffgemma.backends.mlx.vision import VisionModel
 from mlx_diffgemma.backends.stream import Canvases, answers, spans
 from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers, is_vision
@@ -61,6 +64,9 @@ def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "MlxBacken
     """
     device, dtype = _DEVICES[place.device], _DTYPES[place.dtype]
     with mx.stream(device):
+        if kernels.on_metal():  # as mlx-lm does: macOS then keeps all weights in memory that the GPU can read
+            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        kernels.check(dtype)
         model = TextModel(checkpoint.config)
         vision = VisionModel(checkpoint.config) if checkpoint.config.vision else None
         parts = [model] if vision is None else [model, vision]
@@ -71,7 +77,9 @@ def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "MlxBacken
         checkpoint.fetch_weights()
         tensors = _tensors(checkpoint, dtype, progress)
         for part in parts:
-            part.load_weights([(name, tensors[name]) for name in dict(tree_flatten(part.parameters()))])
+            part.load_weights([(name, tensors.pop(name)) for name in dict(tree_flatten(part.parameters()))])
+        for weights in model.join():
+            mx.eval(weights)
     return MlxBackend(model, vision, device, place.dtype)
 
 
@@ -145,6 +153,7 @@ class MlxBackend:
         self.model, self.vision, self.config = model, vision, model.config
         self.device, self.dtype = device.name, dtype
         self._place = device
+        self._last: weakref.ref[SoftEmbeddings] | None = None  # of the last pass; gone when no canvas goes on with it
         # The BLAS in the Linux wheel sums each output separately, in order. Apple's CPU and GPU have not been measured.
         self.exact_rows = device.name == "cpu" and sys.platform == "linux"
 
@@ -167,8 +176,10 @@ class MlxBackend:
     def encode(self, pieces: Sequence[Piece]) -> None:
         with mx.stream(self._place):
             tokens, segments = self._stream(pieces)
-            self.model.encode(tokens, segments)
+            self.model.encode(tokens, segments, last=True)
             mx.eval([segment.cache.arrays() for segment in segments])
+            if len(tokens) > self.config.canvas_length:
+                mx.clear_cache()  # steps have no use for the buffers of a piece of a prompt
 
     def next_logits(self, caches: Sequence[Cache]) -> NDArray[np.float32]:
         check_process()
@@ -185,10 +196,12 @@ class MlxBackend:
         logprobs[unconditioned] = np.nan
         return [logprobs[segment.start : segment.stop] for segment in segments]
 
-    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+    def launch(self, rows: Sequence[Row]) -> Pending:
         check_rows(rows, self.config)
         given = Canvases.of(rows)
         with mx.stream(self._place):
+            if self._last is not None and (whole := self._last()) is not None:
+                mx.async_eval(whole.array())  # the device computes it while this graph is built, and its logits are gone
             tokens, segments = self._stream(rows)
             *statistics, soft_embeddings = step(
                 self.model,
@@ -202,9 +215,18 @@ class MlxBackend:
                     frozen=None if given.frozen is None else mx.array(given.frozen),
                 ),
             )
-            signals = [soft_embeddings[start:stop] for start, stop, *_ in segments]
-            mx.eval(statistics, signals, [segment.cache.arrays() for segment in segments])
+            mx.async_eval(statistics, soft_embeddings.needs, [segment.cache.arrays() for segment in segments])
+            self._last = weakref.ref(soft_embeddings)
+        signals = [Signal(soft_embeddings, slice(start, stop)) for start, stop, *_ in segments]
+
+        def wait() -> list[Denoised]:
+            check_process()
             return answers([np.array(each) for each in statistics], signals)
+
+        return wait
+
+    def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        return self.launch(rows)()
 
     def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
         check_rows(rows, self.config)
@@ -259,10 +281,13 @@ class MlxBackend:
 
     def _soft_embeddings(self, rows: Sequence[Row]) -> mx.array | None:
         """The rows' self-conditioning [T, H], with zeros for rows without it; None if no row has it."""
-        known = [row.self_conditioning for row in rows if row.self_conditioning is not None]
+        signals = [None if row.self_conditioning is None else row.self_conditioning.array() for row in rows]
+        known = [signal for signal in signals if signal is not None]
         if not known:
             return None
-        signals = [(row.self_conditioning, len(row.canvas)) for row in rows]
-        return mx.concatenate(
-            [mx.zeros((length, known[0].shape[1]), known[0].dtype) if signal is None else signal for signal, length in signals]
-        )
+        size, dtype = known[0].shape[1], known[0].dtype
+        filled = [
+            mx.zeros((len(row.canvas), size), dtype) if signal is None else signal
+            for row, signal in zip(rows, signals, strict=True)
+        ]
+        return mx.concatenate(filled) if len(filled) > 1 else filled[0]

@@ -20,34 +20,32 @@ from mlx_diffgemma.config import ModelConfig
 
 
 class Buffer:
-    """Keys and values [B, H, capacity, D] of a text from position ``first`` on. Positions before ``committed`` never change."""
+    """Keys and values of a text from position ``first`` on. Positions before ``committed`` never change.
 
-    def __init__(self, first: int, capacity: int, keys: mx.array, values: mx.array) -> None:
+    ``entries`` [B, 2 K, capacity, D] holds the K heads of keys and then those of values, so that one operation writes both.
+    """
+
+    def __init__(self, first: int, capacity: int, like: mx.array) -> None:
         self.first, self.committed, self.capacity = first, first, capacity
-        self.keys, self.values = _room(keys, capacity), _room(values, capacity)
+        self.entries = _room(like, capacity)
 
-    def write(self, start: int, keys: mx.array, values: mx.array) -> None:
-        """Put keys and values at position ``start`` and after it."""
-        span = slice(start - self.first, start - self.first + keys.shape[2])
-        self.keys[:, :, span], self.values[:, :, span] = keys, values
+    def write(self, start: int, entries: mx.array) -> None:
+        """Put keys and values [B, 2 K, N, D] at position ``start`` and after it."""
+        self.entries[:, :, start - self.first : start - self.first + entries.shape[2]] = entries
 
-    def read(self, start: int, end: int) -> tuple[mx.array, mx.array]:
-        """Keys and values at positions start .. end - 1, as views."""
-        span = slice(start - self.first, end - self.first)
-        return self.keys[:, :, span], self.values[:, :, span]
+    def read(self, start: int, end: int) -> mx.array:
+        """Keys and values at positions start .. end - 1, as a view."""
+        return self.entries[:, :, start - self.first : end - self.first]
 
     def grow(self, capacity: int) -> None:
         """Make room for more positions, for all caches that share the buffer."""
         held, self.capacity = self.committed - self.first, capacity
-        for name in ("keys", "values"):  # one at a time, so that only one is held twice
-            old = getattr(self, name)
-            new = _room(old, capacity)
-            new[:, :, :held] = old[:, :, :held]
-            setattr(self, name, new)
+        old, self.entries = self.entries, _room(self.entries, capacity)
+        self.entries[:, :, :held] = old[:, :, :held]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.entries.nbytes
 
 
 class LayerCache:
@@ -58,31 +56,32 @@ class LayerCache:
         self.length = 0
         self.buffer: Buffer | None = None
 
-    def extended(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write keys and values [B, H, N, D] after the committed positions, without committing them.
+    def extended(self, entries: mx.array) -> tuple[mx.array, mx.array]:
+        """Write keys and values [B, 2 K, N, D] after the committed positions, without committing them.
 
         Returns:
-            Keys and values [B, H, S, D] of the committed positions that the new ones see, followed by the new ones.
+            Keys and values, each [B, K, S, D], of the committed positions that the new ones see, followed by the new ones.
         """
-        end = self.length + keys.shape[2]
-        buffer = self._writable(end, keys, values)
-        buffer.write(self.length, keys, values)
-        return buffer.read(self.room.visible(self.length), end)
+        end = self.length + entries.shape[2]
+        buffer = self._writable(end, entries)
+        buffer.write(self.length, entries)
+        keys, values = mx.split(buffer.read(self.room.visible(self.length), end), 2, axis=1)
+        return keys, values
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, entries: mx.array) -> tuple[mx.array, mx.array]:
         """Like :meth:`extended`, but commit the new positions."""
-        seen = self.extended(keys, values)
-        self.length += keys.shape[2]
+        seen = self.extended(entries)
+        self.length += entries.shape[2]
         assert self.buffer is not None
         self.buffer.committed = self.length
         if self.room.first(self.length) > self.buffer.first:
             self._move(self.length)
         return seen
 
-    def _writable(self, end: int, keys: mx.array, values: mx.array) -> Buffer:
+    def _writable(self, end: int, like: mx.array) -> Buffer:
         """The buffer, with uncommitted room up to position ``end``."""
         if self.buffer is None:
-            self.buffer = Buffer(0, self.room.capacity(self.length, end), keys, values)
+            self.buffer = Buffer(0, self.room.capacity(self.length, end), like)
         elif self.buffer.committed > self.length:
             self._move(end)
         elif self.buffer.first + self.buffer.capacity < end:
@@ -94,8 +93,8 @@ class LayerCache:
         old, start = self.buffer, self.room.visible(self.length)
         assert old is not None
         kept = old.read(start, self.length)
-        self.buffer = Buffer(self.room.first(self.length), self.room.capacity(self.length, end), *kept)
-        self.buffer.write(start, *kept)
+        self.buffer = Buffer(self.room.first(self.length), self.room.capacity(self.length, end), kept)
+        self.buffer.write(start, kept)
         self.buffer.committed = self.length
 
 
@@ -128,7 +127,7 @@ class Cache:
     def arrays(self) -> list[mx.array]:
         """All arrays in the cache, for ``mx.eval``."""
         buffers = [layer.buffer for layer in self.layers if layer.buffer is not None]
-        kept = [array for buffer in buffers for array in (buffer.keys, buffer.values)]
+        kept = [buffer.entries for buffer in buffers]
         return kept if self.last is None else [*kept, self.last]
 
     def buffers(self) -> dict[int, int]:
@@ -142,5 +141,5 @@ class Cache:
 
 
 def _room(like: mx.array, capacity: int) -> mx.array:
-    """Room for ``capacity`` positions of keys or values [B, H, N, D]."""
+    """Room for ``capacity`` positions of keys and values [B, 2 K, N, D]."""
     return mx.zeros((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype)

@@ -1,17 +1,18 @@
-"""The denoising step: canvases in, three small arrays and the next step's self-conditioning out. Nothing large outlives it.
+"""The denoising step: canvases in, three small arrays and the next step's self-conditioning out.
 
 Scoring is here too: it applies the same head to given tokens. T positions of any number of canvases, H hidden size,
 V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_diffgemma.backends import SCORE_TILE
+from mlx_diffgemma.backends.mlx import kernels
+from mlx_diffgemma.backends.mlx.attention import in_turn
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
-from mlx_diffgemma.backends.mlx.noise import gumbel, words
 
 
 class Inputs(NamedTuple):
@@ -34,33 +35,81 @@ class Inputs(NamedTuple):
     frozen: mx.array | None
 
 
-def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[mx.array, ...]:
+class SoftEmbeddings:
+    """The next step's self-conditioning [T, H], which is computed when it is first needed, by the thread that needs it.
+
+    A canvas that is done needs none. Until then this holds the logits, in the weights' type.
+
+    Attributes:
+        needs: what it is computed from. To be evaluated with the step: a lazy array can be computed in its own thread only.
+    """
+
+    def __init__(self, compute: Callable[[], mx.array], needs: Sequence[mx.array] = ()) -> None:
+        self.needs = needs
+        self._compute: Callable[[], mx.array] | None = compute
+        self._array: mx.array | None = None
+
+    def array(self) -> mx.array:
+        if self._compute is not None:
+            self._array, self._compute, self.needs = self._compute(), None, ()
+        assert self._array is not None
+        return self._array
+
+
+class Signal:
+    """The self-conditioning [L, H] of one row of a pass."""
+
+    def __init__(self, whole: SoftEmbeddings, span: slice) -> None:
+        self.whole, self.span = whole, span
+
+    def __len__(self) -> int:
+        return int(self.span.stop - self.span.start)
+
+    def array(self) -> mx.array:
+        return self.whole.array()[self.span]
+
+
+def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[mx.array, mx.array, mx.array, SoftEmbeddings]:
     """One denoising step: argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
 
     At most SCORE_TILE positions have logits at a time, however many canvases there are.
     """
     hidden = model.denoise(given.canvases, segments, given.soft_embeddings)
+    if len(hidden) <= SCORE_TILE:
+        return _answer(model, hidden, given, slice(0, len(hidden)))
     tiles: list[tuple[mx.array, ...]] = []
     for start in range(0, len(hidden), SCORE_TILE):
-        mx.eval(tiles)  # the earlier tiles, so that only one holds its logits
-        tiles.append(_answer(model, hidden, given, slice(start, start + SCORE_TILE)))
-    return tuple(mx.concatenate(list(parts)) for parts in zip(*tiles, strict=True))
+        span = slice(start, start + SCORE_TILE)
+        *found, soft = _answer(model, in_turn(hidden[span], tiles[-1] if tiles else ()), given, span)
+        tiles.append((*found, soft.array()))
+    argmax, sampled, entropy, whole = (mx.concatenate(list(parts)) for parts in zip(*tiles, strict=True))
+    return argmax, sampled, entropy, SoftEmbeddings(lambda: whole, [whole])
 
 
-def _answer(model: TextModel, hidden: mx.array, given: Inputs, span: slice) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """The results of :func:`step` for the positions in ``span``."""
-    raw = model.embed_tokens.as_linear(hidden[span]).astype(mx.float32)  # [N, V]
+def _answer(
+    model: TextModel, hidden: mx.array, given: Inputs, span: slice
+) -> tuple[mx.array, mx.array, mx.array, SoftEmbeddings]:
+    """The results of :func:`step` for the positions in ``span``, with hidden states [N, H]."""
+    raw = model.embed_tokens.as_linear(hidden)  # [N, V]
     noise = None if given.noise is None else given.noise[span]
-    cap, temperature = model.config.final_logit_softcapping, given.temperature[span]
-    argmax, sampled, entropy, probabilities = statistics(raw, noise, hidden.dtype, cap=cap, temperature=temperature)
-    soft = model.soft_embeddings(probabilities)
+    frozen = None if given.frozen is None else given.frozen[span]
+    cap, temperature = mx.array([model.config.final_logit_softcapping]), given.temperature[span]
+    found = kernels.statistics(raw, noise, cap, temperature)
+    argmax, sampled, entropy = found.argmax, found.sampled, found.entropy
     sampled = mx.where(given.drawn[span], sampled, argmax)
-    if given.frozen is not None:
-        known, token = given.frozen[span] >= 0, mx.maximum(given.frozen[span], 0)
+    if frozen is not None:
+        known, token = frozen >= 0, mx.maximum(frozen, 0)
         argmax, sampled = mx.where(known, token, argmax), mx.where(known, token, sampled)
         entropy = mx.where(known, 0.0, entropy)
-        soft = mx.where(known[:, None], model.embed(token), soft)
-    return argmax, sampled, entropy, soft
+
+    logits = None if found.weights is not None else raw
+
+    def soft() -> mx.array:
+        rows = model.soft_embeddings(found.probabilities(logits, cap, temperature))
+        return rows if frozen is None else mx.where((frozen >= 0)[:, None], model.embed(mx.maximum(frozen, 0)), rows)
+
+    needs = [logits, temperature, found.most, found.total, found.weights, frozen]
+    return argmax, sampled, entropy, SoftEmbeddings(soft, [array for array in needs if array is not None])
 
 
 def score(model: TextModel, tokens: mx.array, segments: Sequence[Segment]) -> mx.array:
@@ -80,53 +129,10 @@ def logprobs(model: TextModel, hidden: mx.array, tokens: mx.array, temperature: 
     """Log-probability float32 [T] of tokens int32 [T] under final hidden states [T, H]; temperature float32 [T]."""
     parts: list[mx.array] = []
     for start in range(0, len(tokens), SCORE_TILE):
-        mx.eval(parts)  # the earlier tiles, so that only one holds its logits
         span = slice(start, start + SCORE_TILE)
-        logits = model.head(hidden[span])
+        logits = model.head(in_turn(hidden[span], parts))
         logits = logits if temperature is None else logits / temperature[span, None]
-        parts.append(mx.take_along_axis(logits, tokens[span, None], axis=-1)[:, 0] - _logsumexp(logits))
+        most = logits.max(axis=-1, keepdims=True)
+        total = mx.log(kernels.last_sum(mx.exp(logits - most))) + most[..., 0]
+        parts.append(mx.take_along_axis(logits, tokens[span, None], axis=-1)[:, 0] - total)
     return mx.concatenate(parts)
-
-
-def statistics(
-    raw: mx.array, noise: mx.array | None, dtype: mx.Dtype, *, cap: float, temperature: mx.array
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
-
-    Args:
-        raw: float32 [T, V], the head's output before the softcap.
-        noise, temperature: as in :class:`Inputs`.
-
-    Returns:
-        argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the probabilities [T, V] in ``dtype``: the float32 softmax
-        of the tempered logits rounded to ``dtype``.
-    """
-    scores = mx.tanh(raw / cap) * (cap / temperature)[:, None]
-    argmax = scores.argmax(axis=-1).astype(mx.int32)
-    sampled = argmax if noise is None else _sample(scores, noise)
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    weights = mx.exp(shifted)
-    total = _sum(weights)
-    entropy = mx.log(total) - _sum(shifted * weights) / total
-    if dtype == mx.float32:
-        return argmax, sampled, entropy, weights / total[:, None]
-    return argmax, sampled, entropy, mx.softmax(scores.astype(dtype).astype(mx.float32), axis=-1).astype(dtype)
-
-
-def _sample(scores: mx.array, noise: mx.array) -> mx.array:
-    """argmax(scores + Gumbel noise) of scores float32 [T, V]; noise uint32 [T]."""
-    return (scores + gumbel(words(noise, scores.shape[-1]))).argmax(axis=-1).astype(mx.int32)
-
-
-def _logsumexp(logits: mx.array) -> mx.array:
-    """Over the last axis."""
-    most = logits.max(axis=-1, keepdims=True)
-    return mx.log(_sum(mx.exp(logits - most))) + most[..., 0]
-
-
-def _sum(x: mx.array) -> mx.array:
-    """Sum over the last axis in two levels. One plain float32 pass over 262,144 terms is off by more than 1e-3 nats."""
-    size = x.shape[-1]
-    inner = 512 if size >= 512 else 1
-    padded = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % inner)])
-    return padded.reshape(*x.shape[:-1], -1, inner).sum(axis=-1).sum(axis=-1)

@@ -7,8 +7,8 @@ classes in the same order. B images, P patches of an image, n soft tokens, H hid
 import mlx.core as mx
 from mlx import nn
 
-from mlx_diffgemma.backends.mlx import attention
-from mlx_diffgemma.backends.mlx.model import RMSNorm, gelu, rotate
+from mlx_diffgemma.backends.mlx import attention, fused
+from mlx_diffgemma.backends.mlx.model import RMSNorm
 from mlx_diffgemma.config import ModelConfig, RopeConfig
 from mlx_diffgemma.vision_config import VisionConfig
 
@@ -66,7 +66,10 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], -1, self.head_dim)  # [B, P, heads, D]
 
     def _rotated(self, x: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
-        return rotate(x.reshape(*x.shape[:-1], 2, -1), *rope).flatten(-2)
+        cos, sin = rope
+        halves = x.reshape(*x.shape[:-1], 2, -1)
+        first, second = mx.split(halves, 2, axis=-1)
+        return (halves * cos + mx.concatenate([-second, first], axis=-1) * sin).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -77,7 +80,7 @@ class MLP(nn.Module):
         self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(fused.geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

@@ -1,6 +1,7 @@
 """The PyTorch implementation of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from mlx_diffgemma.backends import (
     Denoised,
     Features,
+    Pending,
     Piece,
     Place,
     Progress,
@@ -156,8 +158,15 @@ class TorchBackend:
         logprobs[unconditioned] = np.nan
         return [logprobs[segment.start : segment.stop] for segment in segments]
 
-    @torch.inference_mode()
+    def launch(self, rows: Sequence[Row]) -> Pending:
+        return self._queued(rows) if self.device.startswith("cuda") else partial(self.denoise, rows)
+
     def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
+        return self._queued(rows)()
+
+    @torch.inference_mode()
+    def _queued(self, rows: Sequence[Row]) -> Pending:
+        """Queue a pass on a GPU, or compute it on a CPU. The function returned copies the results."""
         check_rows(rows, self.config)
         given = Canvases.of(rows)
         tokens, segments = self._stream(rows)
@@ -174,7 +183,7 @@ class TorchBackend:
             ),
         )
         signals = [soft_embeddings[start:stop] for start, stop, *_ in segments]
-        return answers([self._to_numpy(each) for each in statistics], signals)
+        return lambda: answers([self._to_numpy(each) for each in statistics], signals)
 
     @torch.inference_mode()
     def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:

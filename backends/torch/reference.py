@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlx_diffgemma.backends import Denoised, Features, Piece, Row, check_images, check_patches, check_tokens
+from mlx_diffgemma.backends import Denoised, Features, Pending, Piece, Row, check_images, check_patches, check_tokens
 from mlx_diffgemma.checkpoint import Checkpoint, graph_name, is_vision
 from mlx_diffgemma.config import FULL, SLIDING
 from mlx_diffgemma.errors import BackendError, CheckpointError
@@ -149,6 +150,9 @@ class ReferenceBackend:
     @torch.inference_mode()
     def score_canvas(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
         return [_logprobs(self._decode(row) / row.temperature, row.canvas) for row in rows]
+
+    def launch(self, rows: Sequence[Row]) -> Pending:
+        return partial(self.denoise, rows)
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[Row]) -> list[Denoised]:

@@ -48,6 +48,7 @@ class ReplyParser:
 
     def __init__(self, thought: str | None = None) -> None:
         self._text, self._at = "", 0  # the text from _at on has not been read
+        self._new: list[str] = []  # what comes after it
         self._call: _Call | None = None  # the call that is being read, from _at on
         self._ended = False
         self._tails = {Reasoning: "", Content: ""}  # the last characters that were shown of each kind
@@ -60,8 +61,8 @@ class ReplyParser:
 
     def feed(self, text: str) -> list[Part]:
         """Add ``text``, and return the parts that are now certain. Text that may begin a marker or a call is held back."""
-        self._text += text
-        return self._read(final=False)
+        self._new.append(text)
+        return [] if self._call is not None and self._call.waits(text) else self._read(final=False)
 
     def close(self) -> list[Part]:
         """End the reply, and return the parts that were held back."""
@@ -75,6 +76,8 @@ class ReplyParser:
 
     def _read(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
+        self._text += "".join(self._new)
+        self._new = []
         while not self._ended:
             if self._call is not None:
                 try:
@@ -163,6 +166,7 @@ _TOKEN = re.compile(
     |(?P<word>[^<{{}}\[\],:]++)(?=[<{{}}\[\],:]))""",
     re.VERBOSE,
 )
+_STRING = re.compile(rf"\s*+{re.escape(QUOTE)}")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 
@@ -175,6 +179,7 @@ class _Call:
 
     def __init__(self) -> None:
         self.length = 0  # characters read
+        self._tail: str | None = None  # within a string, the last characters that have come
         self._reader = _read_call()
         next(self._reader)
 
@@ -188,7 +193,16 @@ class _Call:
             except StopIteration as finished:
                 call: ToolCall = finished.value
                 return call
+        self._tail = text[1 - len(QUOTE) :] if _STRING.match(text, start + self.length) else None
         return None
+
+    def waits(self, text: str) -> bool:
+        """Whether a string goes on behind ``text``, which has come since the last ``read``. There is then nothing to read."""
+        if self._tail is None:
+            return False
+        text = self._tail + text
+        self._tail = text[1 - len(QUOTE) :]
+        return QUOTE not in text
 
 
 def _next_token(text: str, start: int) -> tuple[_Token, int] | None:

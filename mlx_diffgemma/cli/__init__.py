@@ -58,8 +58,8 @@ class _Commands(click.Group):
 def main() -> None:
     """Run DiffusionGemma on Apple silicon (MLX) and on NVIDIA GPUs and CPUs (PyTorch), with the same tokens.
 
-    In every command, MODEL is a folder, a hub id such as google/diffusiongemma-26B-A4B-it, or sudoku, the tiny model that comes
-    with this package.
+    In every command, MODEL is a folder, a hub id such as google/diffusiongemma-26B-A4B-it, or sudoku or pictures, the
+    tiny models that come with this package.
     """
     # The warnings of transformers are for programs that call it directly.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

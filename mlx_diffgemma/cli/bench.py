@@ -12,6 +12,7 @@ from mlx_diffgemma.cli.loading import check_options, loading_bar
 from mlx_diffgemma.cli.options import backend_options, sampler_options, source_options
 from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.hub import local_folder
+from mlx_diffgemma.presets import configured
 from mlx_diffgemma.reports import speed
 
 
@@ -61,8 +62,9 @@ def bench(
     The table shows the median, minimum and maximum of --repeats runs. The text is written once, and no token ends it early. A
     trained model takes more steps after a random prompt than after a real one, so real texts are written faster.
 
-    The last table shows which mode of `generate` is faster here. That depends on how many tokens each denoising step settles:
-    `generate` prints this number (tokens per step) for your own prompts.
+    The last table shows which mode and which canvas length of `generate` are fastest here, and the option that selects them. That
+    depends on how many tokens a denoising step settles: `generate` prints this number (tokens per step) for your own prompts. A
+    step of a shorter canvas costs less, but mostly settles fewer tokens too: `generate --canvas-length N` prints how many.
     """
     check_options(sampler)
     runs = {"prompt_length": prompt_length, "repeats": repeats, "warmup": warmup, "seed": seed}
@@ -70,7 +72,7 @@ def bench(
     local_folder(model)
     find_place(backend, device=device, dtype=dtype)
     checkpoint = Checkpoint.open(model, revision)
-    config = checkpoint.generation.replace(**sampler)
+    config = configured(checkpoint.generation, sampler)
     speed.check_lengths(checkpoint.config, config, prompt_length=prompt_length, repeats=repeats, warmup=warmup)
     with loading_bar() as progress:
         loaded = load_backend(checkpoint, backend, device=device, dtype=dtype, force=force, progress=progress)
@@ -82,7 +84,14 @@ def _as_json(model: str, result: speed.Benchmark) -> dict[str, Any]:
     content = {"model": model, **dataclasses.asdict(result)}
     for name in ("tokens_per_forward", "tokens_per_second"):
         content["text"][name] = getattr(result.text, name)
-    content["choices"] = [{**choice._asdict(), "mode": choice.mode} for choice in result.choices()]
+    content["choices"] = [
+        {
+            **choice._asdict(),
+            "shorter": [each._asdict() for each in choice.shorter],
+            **{name: getattr(choice, name) for name in ("mode", "canvas_length", "options")},
+        }
+        for choice in result.choices()
+    ]
     return content
 
 
@@ -92,10 +101,11 @@ def _as_text(model: str, result: speed.Benchmark) -> str:
     measured = [
         ("", "median", "least", "most"),
         (f"prompt of {result.prompt_length}, tokens/s", *_figures(result.prefill, ".1f")),
-        (f"step of a canvas of {result.canvas_length}, s", *_figures(result.step, ".4f")),
-        ("commit of that canvas, s", *_figures(result.commit, ".4f")),
-        ("causal token, s", *_figures(result.token, ".4f")),
     ]
+    for canvas in result.canvases:
+        measured.append((f"step of a canvas of {canvas.length}, s", *_figures(canvas.step, ".4f")))
+        measured.append(("commit of that canvas, s", *_figures(canvas.commit, ".4f")))
+    measured.append(("causal token, s", *_figures(result.token, ".4f")))
     for image in result.images:
         label = f"image of {image.soft_tokens:,} tokens"
         measured.append((f"{label}, vision tower, s", *_figures(image.tower, ".4f")))
@@ -108,8 +118,22 @@ def _as_text(model: str, result: speed.Benchmark) -> str:
         ("peak memory of the framework, bytes", _bytes(result.peak_device_memory)),
     ]
     choices = [
-        ("tokens per forward", "diffusion, tokens/s", "causal, tokens/s", "faster"),
-        *((f"{each.tokens_per_forward}", f"{each.diffusion:.1f}", f"{each.causal:.1f}", each.mode) for each in result.choices()),
+        (
+            "tokens per step",
+            *(f"canvas of {canvas.length}, tokens/s" for canvas in result.canvases),
+            "causal, tokens/s",
+            "fastest",
+        ),
+        *(
+            (
+                f"{each.tokens_per_forward}",
+                f"{each.diffusion:.1f}",
+                *(f"{one.diffusion:.1f} ({_needed(one)})" for one in each.shorter),
+                f"{each.causal:.1f}",
+                each.options,
+            )
+            for each in result.choices()
+        ),
     ]
     origin = [
         ("backend", f"{result.backend} on {result.device}, {result.dtype}"),
@@ -120,7 +144,16 @@ def _as_text(model: str, result: speed.Benchmark) -> str:
         ("date", machine.date),
         ("seed", f"{result.seed}, {result.repeats} repeats"),
     ]
-    return "\n\n".join([f"{model}\n{table(origin, left=2)}", table(measured), table(written), table(choices)])
+    return "\n\n".join([f"{model}\n{table(origin, left=2)}", table(measured), table(written), f"{_ASSUMED}\n{table(choices)}"])
+
+
+_ASSUMED = """\
+Speed by the tokens that a denoising step settles, if they are as many in every canvas. They depend on the text, and mostly are
+fewer in a shorter canvas. In brackets: from how many on it is faster than the longest canvas in the same row."""
+
+
+def _needed(shorter: speed.Shorter) -> str:
+    return "never" if shorter.needed is None else f"from {shorter.needed:.1f}"
 
 
 def _figures(spread: speed.Spread, form: str) -> tuple[str, str, str]:

@@ -18,7 +18,7 @@ from mlx_diffgemma.causal import Token
 from mlx_diffgemma.chat.conversation import Conversation
 from mlx_diffgemma.chat.reply import Reply, ReplyEvent
 from mlx_diffgemma.cli.generate import mode_option, no_live_option
-from mlx_diffgemma.cli.live import Decode, LivePage, live_console, printable
+from mlx_diffgemma.cli.live import LivePage, ToUtf8, live_console, printable
 from mlx_diffgemma.cli.loading import check_options, prepared
 from mlx_diffgemma.cli.options import Detail, backend_options, causal_options, detail_options, sampler_options, source_options
 from mlx_diffgemma.cli.repl import FILE, Terminal, lines
@@ -135,7 +135,7 @@ class ChatSession:
     ) -> None:
         self.conversation, self.mode, self.seed, self.sampler, self.detail = conversation, mode, seed, sampler, detail
         self._console, self._watching = console, watching
-        self._decode = conversation.model.tokenizer.decode  # loading takes a second: do it before the first turn
+        self._utf8 = conversation.model.tokenizer.utf8  # loading takes a second: do it before the first turn
         self._replies: list[Reply] = []  # the finished ones
         self._waiting: list[tuple[str, dict[str, Any]]] = []  # files to show with the next message, and their parts of it
         self._over = False
@@ -192,7 +192,7 @@ class ChatSession:
     def _view(self, max_new_tokens: int) -> "LiveReply | PlainReply":
         if self._console is None:
             return PlainReply()
-        return LiveReply(self._console, self._decode, max_new_tokens)
+        return LiveReply(self._console, self._utf8, max_new_tokens)
 
     def _next_seed(self) -> int | None:
         return None if self.seed is None else (self.seed + self._turns()) % _SEEDS
@@ -421,8 +421,8 @@ class _Stretches:
 class LiveReply(LivePage):
     """Shows the events of a reply, and its canvas during denoising."""
 
-    def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
-        super().__init__(console, decode, max_new_tokens)
+    def __init__(self, console: Console, utf8: ToUtf8, max_new_tokens: int) -> None:
+        super().__init__(console, utf8, max_new_tokens)
         self._stretches = _Stretches()
 
     def __call__(self, event: ReplyEvent) -> None:

@@ -92,7 +92,7 @@ def generate(
     view: View = print_json if as_json else TextView(summary=not quiet)
     console = None if as_json or no_live else live_console()
     _ = loaded.backend  # its bar comes before the canvas
-    with LiveView(console, loaded.tokenizer.decode, config.max_new_tokens) if console else nullcontext(view) as show:
+    with LiveView(console, loaded.tokenizer.utf8, config.max_new_tokens) if console else nullcontext(view) as show:
         for event in events:
             show(event)
     if console and not quiet and isinstance(event, Generation):

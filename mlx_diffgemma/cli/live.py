@@ -7,9 +7,10 @@ All text of a model goes through :func:`printable` before a terminal shows it.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from mlx_diffgemma.causal import Token
 from mlx_diffgemma.sampler import Block, Draft
+from mlx_diffgemma.tokenizer import Growing
 from mlx_diffgemma.writing import Content, Event, Generation
 
 #: States of a canvas position, and the style of each. The underline shows "taken back" without colour, too.
@@ -40,10 +42,8 @@ _WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 _ERASE_BELOW = "\x1b[J"
 
 
-class Decode(Protocol):
-    """Token ids to text, as Tokenizer.decode does it. With ``final`` false, an incomplete character at the end is held back."""
-
-    def __call__(self, ids: Sequence[int], *, final: bool = True) -> str: ...
+#: Token ids to UTF-8, as Tokenizer.utf8 does it.
+ToUtf8 = Callable[[Iterable[int]], bytes]
 
 
 def printable(text: str) -> str:
@@ -134,36 +134,40 @@ class Settling:
         return np.where(taken_back, TAKEN_BACK, np.where(settled, SETTLED, UNSETTLED))
 
 
-def pieces(tokens: Sequence[int], decode: Decode) -> Iterator[tuple[slice, str]]:
+def pieces(tokens: Sequence[int], utf8: ToUtf8) -> Iterator[tuple[slice, str]]:
     """Split tokens into the shortest runs that decode alone. Yields each run and its text, which may be empty.
 
     A character whose bytes are several tokens is one run.
     """
-    start = 0
-    for end in range(1, len(tokens) + 1):
-        run = tokens[start:end]
-        text = decode(run)
-        if end == len(tokens) or decode(run, final=False) == text:
+    growing, start, text = Growing(utf8), 0, ""
+    for end, token in enumerate(tokens, 1):
+        text += growing.add([token])
+        if end == len(tokens):
+            text += growing.end()
+        if growing.complete:
             yield slice(start, end), text
-            start = end
+            start, text = end, ""
 
 
 class LivePage:
     """Shows one text of a model: the finished part, and below it the canvas during denoising. A context manager.
 
-    On exit, also after an exception, it erases the canvas and leaves the finished text.
+    On exit, also after an exception, it erases the canvas and leaves the finished text. Finished tokens are decoded once, and
+    finished text is wrapped once for each width, so a step costs the same however long the text is.
 
     Args:
         console: see :func:`live_console`.
-        decode: token ids to text.
+        utf8: token ids to UTF-8.
         max_new_tokens: maximum length of the text; tokens after it are not counted.
     """
 
-    def __init__(self, console: Console, decode: Decode, max_new_tokens: int) -> None:
-        self.console, self.decode, self.max_new_tokens = console, decode, max_new_tokens
+    def __init__(self, console: Console, utf8: ToUtf8, max_new_tokens: int) -> None:
+        self.console, self.utf8, self.max_new_tokens = console, utf8, max_new_tokens
         self._region, self._settling = Region(console), Settling()
-        self._tokens: list[int] = []
-        self._unfinished = Text()  # finished text after the last line break
+        self._tokens = 0  # finished
+        self._written = 0  # those of them that have text
+        self._growing, self._held = Growing(utf8), 0  # the finished tokens, and how many of them wait for a character's end
+        self._begin_line()
         self._steps = 0
         self._seconds = 0.0  # without the first token, whose time includes the prompt's pass
         self._status = Text()
@@ -172,7 +176,8 @@ class LivePage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._region.print(self._unfinished + "\n" if self._unfinished else Text())
+        line = Text().join(self._line)
+        self._region.print(line + "\n" if line else line)
 
     def draft(self, draft: Draft) -> None:
         """Show the canvas after a denoising step."""
@@ -182,11 +187,15 @@ class LivePage:
     def committed(self, part: Block | Token) -> None:
         """Count finished tokens for the status line, up to ``max_new_tokens``."""
         new = [part.token] if isinstance(part, Token) else part.tokens.tolist()
-        self._tokens += new[: self.max_new_tokens - len(self._tokens)]
+        for token in new[: self.max_new_tokens - self._tokens]:
+            self._tokens, self._held = self._tokens + 1, self._held + 1
+            text = self._growing.add([token])
+            if self._growing.complete:
+                self._written, self._held = self._written + self._held * bool(text), 0
         if isinstance(part, Token):
             self._seconds += part.seconds if part.index else 0.0
             rate = f"  {part.index / self._seconds:.1f} per second" if self._seconds else ""
-            self._status = Text(f"{len(self._tokens)} tokens{rate}", STATUS_STYLE)
+            self._status = Text(f"{self._tokens} tokens{rate}", STATUS_STYLE)
             self._draw(Text())  # update the status even if the token made no text certain
 
     def write(self, text: str, style: str = "") -> None:
@@ -199,31 +208,52 @@ class LivePage:
         self._append("\n")
 
     def _append(self, text: str, style: str = "") -> None:
-        self._unfinished.append(printable(text), style)
-        end = self._unfinished.plain.rfind("\n") + 1
-        whole, self._unfinished = self._unfinished.divide([end])
-        self._region.print(whole)
+        new = Text(printable(text), style)
+        whole, new = new.divide([new.plain.rfind("\n") + 1])
+        if whole:
+            self._region.print(Text().join([*self._line, whole]))
+            self._begin_line()
+        self._line.append(new)
+        self._wrap(new)
+
+    def _begin_line(self) -> None:
+        self._line: list[Text] = []  # the parts of the finished text after the last line break
+        self._rewrap()
+
+    def _rewrap(self) -> None:
+        """Wrap the whole line to the console's width."""
+        self._rows, self._column, self._width = [Text()], 0, self.console.width  # the line's rows and its cells
+        self._wrap(Text().join(self._line))
+
+    def _wrap(self, new: Text) -> None:
+        """Add a part of the line to its rows."""
+        new = expanded(new, self._column)
+        self._column += new.cell_len
+        self._rows += wrap(self._rows.pop() + new, self._width)
 
     def _canvas(self, draft: Draft) -> Text:
-        states, canvas = self._settling.update(draft), Text()
-        settled = 0
-        for run, text in pieces(draft.argmax.tolist(), self.decode):
-            canvas.append(printable(text), STYLES[states[run.start]])
-            settled += int((states[run] == SETTLED).sum()) if text else 0
-        written = sum(run.stop - run.start for run, text in pieces(self._tokens, self.decode) if text)
+        states, canvas, settled = self._settling.update(draft).tolist(), Text(), 0
+        # Text of one style is added at once, which halves the time of drawing it.
+        for state, runs in groupby(pieces(draft.argmax.tolist(), self.utf8), lambda piece: states[piece[0].start]):
+            texts = [(text, states[run].count(SETTLED)) for run, text in runs if text]
+            canvas.append(printable("".join(text for text, _ in texts)), STYLES[state])
+            settled += sum(count for _, count in texts)
         fields = [
             f"block {draft.block + 1}",
             f"step {draft.step}",
             f"entropy {draft.entropy.mean():.3f}",
             f"temperature {draft.temperature:.2f}",
-            f"tokens per forward {(written + settled) / self._steps:.1f}",
+            f"tokens per forward {(self._written + self._held + settled) / self._steps:.1f}",
         ]
         self._status = Text("  ".join(fields), STATUS_STYLE)
         return canvas
 
     def _draw(self, canvas: Text) -> None:
         width, height = self.console.size
-        rows, before = wrap(self._unfinished + canvas, width), len(wrap(self._unfinished, width)) - 1
+        if width != self._width:
+            self._rewrap()
+        *above, last = self._rows[-height:]
+        rows, before = [*above, *wrap(last + expanded(canvas, self._column), width)], len(above)
         # If the screen is too low, drop text above the canvas first, then the end of the canvas.
         skipped = max(0, min(before, len(rows) - (height - 1)))
         self._region.draw([*clip(rows[skipped:], height - 1), cut(self._status, width)])
@@ -243,10 +273,17 @@ class LiveView(LivePage):
             self.finish()
 
 
-def wrap(text: Text, width: int) -> list[Text]:
-    """Rows of at most ``width`` cells, wrapped as a terminal wraps them. Tabs become spaces."""
-    text = text.copy()
+def expanded(text: Text, column: int = 0) -> Text:
+    """``text`` with spaces instead of tabs. It begins ``column`` cells after the start of its line."""
+    if "\t" not in text.plain:
+        return text
+    text = Text(" " * (column % _TAB)) + text
     text.expand_tabs(_TAB)
+    return text[column % _TAB :]
+
+
+def wrap(text: Text, width: int) -> list[Text]:
+    """Rows of at most ``width`` cells, wrapped as a terminal wraps them. There are no tabs in ``text``."""
     rows: list[Text] = []
     for line in text.split("\n", allow_blank=True):
         offsets, end = [], 0

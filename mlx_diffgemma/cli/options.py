@@ -11,6 +11,7 @@ import click
 
 from mlx_diffgemma.backends import DTYPES, NAMES
 from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.presets import PRESETS
 from mlx_diffgemma.vision.sources import FRAME_TOKENS, FRAMES, MAX_SEEN, Image, Video
 from mlx_diffgemma.vision_config import BUDGETS
 
@@ -55,8 +56,14 @@ _BACKEND = (
     click.option("--force", is_flag=True, help="Load MODEL even if it needs more memory than is free."),
 )
 
-#: Fields of :class:`mlx_diffgemma.config.GenerationConfig`, which checks the values. None when an option is not given.
+#: A preset, and fields of :class:`mlx_diffgemma.config.GenerationConfig`, which checks the values. None when not given.
 _DENOISING = (
+    click.option(
+        "--preset",
+        metavar="NAME",
+        help=f"Trade quality for fewer denoising steps: {', '.join(PRESETS)}. Options given beside it win.  "
+        "[default: exact, which keeps MODEL's own values]",
+    ),
     click.option(
         "--max-denoising-steps",
         type=int,

@@ -21,6 +21,7 @@ from mlx_diffgemma.backends import BATCHES
 from mlx_diffgemma.cli.loading import prepared
 from mlx_diffgemma.cli.options import Size, backend_options, size_text, source_options
 from mlx_diffgemma.errors import BackendError, InputError
+from mlx_diffgemma.presets import PRESETS, factors
 from mlx_diffgemma.scheduler.limits import Limits
 from mlx_diffgemma.server.clients import DEFAULT_KEY, Network, check_key, read_keys
 from mlx_diffgemma.server.logs import write_log
@@ -128,6 +129,12 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
     help="Maximum length of a response, in tokens, if the client sets none.",
 )
 @click.option(
+    "--preset",
+    metavar="NAME",
+    help=f"Trade quality for fewer denoising steps, in requests that name no preset: {', '.join(PRESETS)}.  "
+    "[default: exact, which keeps MODEL's own values]",
+)
+@click.option(
     "--max-prompt-tokens",
     type=click.IntRange(1),
     metavar="N",
@@ -208,6 +215,8 @@ def serve(
     keys = _keys(api_key, api_keys)
     if not _is_local(host) and not keys and not no_api_key:
         raise InputError(f"other machines can reach {host}; set --api-key, or use --no-api-key to let everybody in")
+    if settings["preset"] is not None:
+        factors(settings["preset"])  # raises InputError
     hosts, proxies = _hosts(host, allowed_host), tuple(map(_network, trusted_proxy))
     image_hosts = _image_hosts(allow_image_urls)
     listener = _listener(host, port)

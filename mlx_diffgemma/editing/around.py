@@ -14,6 +14,7 @@ import numpy as np
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.errors import InputError
 from mlx_diffgemma.pipeline import DiffusionGemma
+from mlx_diffgemma.presets import configured
 from mlx_diffgemma.prompts import Prompt, PromptTokens
 from mlx_diffgemma.steps import Steps
 
@@ -42,10 +43,10 @@ def around(
 
 
 def editing_config(model: DiffusionGemma, options: Mapping[str, Any]) -> GenerationConfig:
-    """The checkpoint's configuration for sampling, with some values replaced by ``options``."""
+    """The checkpoint's configuration for sampling, with some values replaced by those of a preset and by ``options``."""
     if options.get("max_new_tokens") is not None:
         raise InputError("an edited text has its own length; leave out max_new_tokens")
-    return model.checkpoint.generation.replace(**options)
+    return configured(model.checkpoint.generation, options)
 
 
 def not_empty(text: str) -> str:

@@ -104,17 +104,68 @@ class Spread:
         return cls(median(values), min(values), max(values))
 
 
+@dataclass(frozen=True)
+class CanvasSpeed:
+    """Seconds of one denoising step, and of the commit, of a canvas of ``length`` tokens."""
+
+    length: int
+    step: Spread
+    commit: Spread
+
+    def tokens_per_second(self, tokens_per_forward: float) -> float:
+        """The speed if a step settles this many tokens: a canvas then takes length / tokens_per_forward steps, at least one."""
+        steps = max(1.0, self.length / tokens_per_forward)
+        return self.length / (steps * self.step.median + self.commit.median)
+
+    def needed(self, tokens_per_second: float) -> float | None:
+        """How many tokens a step must settle for this speed. None if even a single step per canvas is slower."""
+        seconds = self.length / tokens_per_second - self.commit.median  # for the steps of a canvas
+        return self.length * self.step.median / seconds if seconds >= self.step.median else None
+
+
+class Shorter(NamedTuple):
+    """A shorter canvas. Whether a step settles as many tokens there as in the whole canvas depends on the text.
+
+    Attributes:
+        length: tokens of the canvas.
+        diffusion: tokens per second, if a step settles as many.
+        needed: how many tokens a step must settle for the speed of the whole canvas. None if that speed is out of reach.
+    """
+
+    length: int
+    diffusion: float
+    needed: float | None
+
+
 class Choice(NamedTuple):
-    """Tokens per second of each mode, if a denoising step settles ``tokens_per_forward`` tokens."""
+    """Tokens per second of each mode, if a denoising step settles ``tokens_per_forward`` tokens.
+
+    Attributes:
+        diffusion: with the whole canvas, of ``whole`` tokens.
+        causal: one token at a time, whatever a step settles.
+        shorter: the same for shorter canvases.
+    """
 
     tokens_per_forward: int
     diffusion: float
     causal: float
+    whole: int
+    shorter: tuple[Shorter, ...] = ()
+
+    @property
+    def canvas_length(self) -> int:
+        """The canvas length with the most tokens per second; of equals, the longest."""
+        return max([(self.diffusion, self.whole), *((each.diffusion, each.length) for each in self.shorter)])[1]
 
     @property
     def mode(self) -> str:
         """The faster mode."""
-        return "diffusion" if self.diffusion > self.causal else "causal"
+        return "diffusion" if max(self.diffusion, *(each.diffusion for each in self.shorter)) > self.causal else "causal"
+
+    @property
+    def options(self) -> str:
+        """The options of a command that apply this choice."""
+        return "--mode causal" if self.mode == "causal" else f"--canvas-length {self.canvas_length}"
 
 
 @dataclass(frozen=True)
@@ -142,6 +193,7 @@ class Benchmark:
         prefill: prompt tokens per second of the causal pass.
         step: seconds of one denoising step of a whole canvas after that prompt, without the sampler's decisions.
         commit: seconds of the causal pass that puts a canvas after that prompt into the cache.
+        shorter: the same for canvases of a half and a quarter of the length. Their commits include a copy of the prompt's keys.
         token: seconds of one token of the causal mode after that prompt, including its choice.
         text: statistics of a text of ``text.new_tokens`` tokens after that prompt.
         images: images of the checkpoint's own budget and of the largest one that fits. Empty if images were not measured, the
@@ -162,23 +214,32 @@ class Benchmark:
     prefill: Spread
     step: Spread
     commit: Spread
+    shorter: tuple[CanvasSpeed, ...]
     token: Spread
     text: Statistics
     images: tuple[ImageSpeed, ...]
     peak_rss: int | None
     peak_device_memory: int | None
 
-    def choices(self) -> list[Choice]:
-        """Which mode is faster here, by the number of tokens that a denoising step settles. Computed from the medians.
+    @property
+    def canvases(self) -> tuple[CanvasSpeed, ...]:
+        """The whole canvas and the shorter ones."""
+        return CanvasSpeed(self.canvas_length, self.step, self.commit), *self.shorter
 
-        That number depends on the text and on the model. A canvas of L tokens takes L / tokens_per_forward steps and one commit.
+    def choices(self) -> list[Choice]:
+        """Which mode and which canvas are faster here, by the number of tokens that a denoising step settles.
+
+        That number depends on the text, on the model and on the canvas: a step of a shorter canvas mostly settles fewer. The
+        choices assume the same number, and ``Shorter.needed`` says how many suffice. Computed from the medians.
         """
-        length = self.canvas_length
-        return [
-            Choice(count, length / (length / count * self.step.median + self.commit.median), 1 / self.token.median)
-            for count in TOKENS_PER_FORWARD
-            if count <= length
-        ]
+        whole, *others = self.canvases
+        choices = []
+        for count in TOKENS_PER_FORWARD:
+            if count <= whole.length:
+                speed = whole.tokens_per_second(count)
+                shorter = tuple(Shorter(each.length, each.tokens_per_second(count), each.needed(speed)) for each in others)
+                choices.append(Choice(count, speed, 1 / self.token.median, whole.length, shorter))
+        return choices
 
 
 def check_runs(*, prompt_length: int, repeats: int, warmup: int, seed: int) -> None:
@@ -215,7 +276,8 @@ def bench(
     Args:
         config: how to sample the text. No token ends the text, so ``config.max_new_tokens`` tokens are written.
         prompt_length: random tokens before the canvas.
-        repeats: measured runs of the prompt, the step, the commit, the causal token and the images. The text is written once.
+        repeats: measured runs of the prompt, the step and the commit of each canvas length, the causal token and the images. The
+            text is written once.
         warmup: runs of each before the measured ones.
         seed: the seed of the random tokens and pixels, and of the sampler.
         images: also measure images, if the checkpoint reads them.
@@ -233,7 +295,14 @@ def bench(
     tokens = causal(backend, Text(prompt, seed), alone)
 
     prefill, commit = _encode_seconds(backend, prompt, canvas, repeats, warmup)
-    steps = _step_seconds(backend, prompt, canvas, config, seed, repeats, warmup)
+    after_prompt = backend.new_cache()
+    _encode(backend, prompt, after_prompt)
+    steps = _step_seconds(backend, after_prompt, canvas, config, seed, repeats, warmup)
+    shorter = []
+    for part in sorted({length // 2, length // 4} - {0, length}, reverse=True):
+        seconds = _step_seconds(backend, after_prompt.fork(), canvas[:part], config, seed, repeats, warmup)
+        commits = [_seconds(partial(_encode, backend, canvas[:part], after_prompt.fork())) for _ in range(warmup + repeats)]
+        shorter.append(CanvasSpeed(part, Spread.of(seconds), Spread.of(commits[warmup:])))
     each_token = [token.seconds for token in tokens][1 + warmup :]  # the first token's pass is that of the prompt
     blocks = [event for event in text if isinstance(event, Block)]
     peak_rss, peak_device_memory = _peak_rss(), backend.peak_memory()
@@ -250,6 +319,7 @@ def bench(
         prefill=Spread.of([prompt_length / seconds for seconds in prefill]),
         step=Spread.of(steps),
         commit=Spread.of(commit),
+        shorter=tuple(shorter),
         token=Spread.of(each_token),
         text=statistics(prompt_length, config.max_new_tokens, blocks),
         images=tuple(_image_speed(backend, each, repeats, warmup) for each in patches),
@@ -313,7 +383,7 @@ def _encode(backend: Backend, tokens: NDArray[np.int32], cache: Cache) -> None:
 
 def _step_seconds(
     backend: Backend,
-    prompt: NDArray[np.int32],
+    cache: Cache,
     canvas: NDArray[np.int32],
     config: GenerationConfig,
     seed: int,
@@ -321,8 +391,6 @@ def _step_seconds(
     warmup: int,
 ) -> list[float]:
     """Seconds of denoising steps of one canvas. Each step gets the self-conditioning of the step before."""
-    cache = backend.new_cache()
-    _encode(backend, prompt, cache)
     row = Row(canvas, cache, config.t_max, None if config.greedy else noise.sampling_key(seed, 1, 1))
 
     def step() -> None:

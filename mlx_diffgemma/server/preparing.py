@@ -123,7 +123,7 @@ def infill_question(model: DiffusionGemma, request: InfillRequest, settings: Set
             system=request.system,
             seed=_fresh_seed() if options.seed is None else options.seed,
             canvas_length=request.canvas_length,
-            **options.sampling(model.checkpoint.generation),
+            **options.sampling(model.checkpoint.generation, settings.preset),
         )
     )
 
@@ -169,7 +169,9 @@ def _question(
     room = _max_new_tokens(max(map(len, prompts)), canvas, model.backend.config.max_position_embeddings, options, settings)
     first = _fresh_seed() if options.seed is None else options.seed
     writing = Writing(
-        config=sampling_config(generation, options.mode, {**options.sampling(generation), "max_new_tokens": room}),
+        config=sampling_config(
+            generation, options.mode, {**options.sampling(generation, settings.preset), "max_new_tokens": room}
+        ),
         seed=first,
         stop=options.stop,
         settled=Settled() if options.stream and options.settled else None,

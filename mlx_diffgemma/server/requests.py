@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.editing.infilling import LEAST, MARKER, MOST, Hole
+from mlx_diffgemma.errors import InputError
+from mlx_diffgemma.presets import factors
 from mlx_diffgemma.server import parts
 from mlx_diffgemma.server.errors import ApiError
 from mlx_diffgemma.server.messages import Message, Tool, check_conversation, levels, template_messages
@@ -61,6 +63,7 @@ class Options:
     top_p: float | None = None
     top_k: int | None = None
     max_denoising_steps: int | None = None
+    preset: str | None = None
     logprobs: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -69,8 +72,10 @@ class Options:
     cache_salt: str | None = None
     ignored: tuple[str, ...] = ()
 
-    def sampling(self, generation: GenerationConfig) -> dict[str, Any]:
+    def sampling(self, generation: GenerationConfig, preset: str | None = None) -> dict[str, Any]:
         """The sampler's options, without the length, that override those of the checkpoint.
+
+        ``preset`` is that of requests that name none. It has no effect in the causal mode.
 
         A temperature of 0 is greedy in both modes. In the diffusion mode, any other temperature scales both ends of the
         checkpoint's schedule, so that 1 is the checkpoint's own. In the causal mode it is the usual temperature.
@@ -86,7 +91,7 @@ class Options:
             tempered = {"t_min": generation.t_min * scale, "t_max": generation.t_max * scale, "greedy": False}
         if self.mode == "causal":
             return {**tempered, "top_p": self.top_p, "top_k": self.top_k}
-        return {**tempered, "max_denoising_steps": self.max_denoising_steps}
+        return {**tempered, "max_denoising_steps": self.max_denoising_steps, "preset": self.preset or preset}
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,16 @@ def _prompt(value: Any) -> str | list[int]:
     raise PydanticCustomError("prompt", "a prompt must be a string or a list of token ids, and must not be empty")
 
 
+def _preset(value: str) -> str:
+    try:
+        factors(value)
+    except InputError as unknown:
+        raise PydanticCustomError("preset", "{message}", {"message": str(unknown)}) from None
+    return value
+
+
 Text = Annotated[str, Field(min_length=1)]
+Preset = Annotated[str, Field(max_length=64), AfterValidator(_preset)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=16), BeforeValidator(_one_or_more)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -190,6 +204,7 @@ class _Body(BaseModel):
     seed: Seed | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     max_denoising_steps: Count | None = None
+    preset: Preset | None = None
     stream: bool | None = None
 
 
@@ -385,6 +400,7 @@ def infill_request(content: dict[str, Any]) -> InfillRequest:
         seed=_seed(body.seed),
         temperature=body.temperature,
         max_denoising_steps=body.max_denoising_steps,
+        preset=body.preset,
         ignored=tuple(_ignored(body))[:MAX_IGNORED],
     )
     prompt = body.prompt if body.messages is None else template_messages(body.messages)
@@ -399,6 +415,7 @@ def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored:
         "top_p": not causal and body.top_p not in (None, 1),
         "top_k": not causal and top_k is not None,
         "max_denoising_steps": causal and body.max_denoising_steps is not None,
+        "preset": causal and body.preset is not None,
     }
     names = [*ignored, *(name for name, has_none in without_effect.items() if has_none), *_ignored(body)]
     return Options(
@@ -412,6 +429,7 @@ def _options(body: _Generating, max_tokens: int | None, logprobs: bool, ignored:
         top_p=body.top_p,
         top_k=top_k,
         max_denoising_steps=body.max_denoising_steps,
+        preset=body.preset,
         logprobs=logprobs,
         stream=bool(body.stream),
         include_usage=bool(stream.include_usage),

@@ -41,6 +41,7 @@ class Settings:
         api_keys: keys that clients must send, by their names; empty if clients need none. With several keys, a client counts by
             the name of its key, else by its address.
         max_tokens: tokens to write at most when a request does not say.
+        preset: the preset of requests that name none; None for the checkpoint's own values.
         max_prompt_tokens: tokens of one prompt at most; None for as many as fit the model's context.
         max_body: bytes of a request body at most, without its images.
         max_image_bytes: bytes of the images and videos of a request at most, as they are sent, or fetched from their URLs.
@@ -59,6 +60,7 @@ class Settings:
     name: str
     api_keys: Mapping[str, str] = field(default_factory=dict)
     max_tokens: int = 2048
+    preset: str | None = None
     max_prompt_tokens: int | None = None
     max_body: int = 1 << 20
     max_image_bytes: int = 32 << 20

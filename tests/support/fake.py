@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_diffgemma.backends import Denoised, Piece, Row
+from mlx_diffgemma.backends import Denoised, Pending, Piece, Row
 from mlx_diffgemma.config import FULL, LayerConfig, ModelConfig, RopeConfig
 from mlx_diffgemma.vision.patches import Patches
 
@@ -74,6 +75,7 @@ class FakeBackend:
         following: the likeliest token after those in a cache, for ``next_logits``; by default their number.
         head: logits [N, V] of a piece or a row, for ``logits``; by default zeros.
         during: called within each call, with the method's name and the parts.
+        ahead: whether a pass is computed when it is launched, as beside the host. Otherwise the wait computes it.
         peak: the result of ``peak_memory``.
         calls: the methods that were called, each with the tokens of its parts.
         asked: the rows that were denoised, in order.
@@ -87,6 +89,7 @@ class FakeBackend:
     head: Callable[[Piece | Row], Any] = lambda part: np.zeros((len(_tokens(part)), V))
     during: Callable[[str, Sequence[Any]], object] = lambda method, parts: None
     exact_rows: bool = True
+    ahead: bool = False
     peak: int | None = None
     calls: list[tuple[str, list[list[int]]]] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
@@ -121,6 +124,12 @@ class FakeBackend:
         for piece in pieces:
             piece.cache.extend(piece.tokens.tolist())  # type: ignore[attr-defined]
         return [np.asarray(self.causal(piece.tokens), np.float32) for piece in pieces]
+
+    def launch(self, rows: Sequence[Row]) -> Pending:
+        if not self.ahead:
+            return partial(self.denoise, rows)
+        answers = self.denoise(rows)
+        return lambda: answers
 
     def denoise(self, rows: Sequence[Row]) -> list[Denoised]:
         self._note("denoise", rows, [row.canvas for row in rows])

@@ -51,7 +51,7 @@ def filled(backend: Backend, length: int, seed: int = 0) -> Cache:
         count = min(4096, length - start)
         for layer, shape in zip(cache.layers, backend.config.layers, strict=True):
             drawn = random.standard_normal((2, 1, shape.num_key_value_heads, count, shape.head_dim), np.float32) * 0.3
-            layer.append(*(array_of(backend.name, each) for each in drawn))
+            layer.append(*entries_of(backend.name, *(array_of(backend.name, each) for each in drawn)))
         cache.length += count
     cache.last = array_of(backend.name, np.zeros((1, backend.config.hidden_size), np.float32))
     evaluate(backend, cache)
@@ -67,6 +67,15 @@ def array_of(backend_name: str, array: NDArray[np.float32]) -> Any:
     import mlx.core as mx
 
     return mx.array(array)
+
+
+def entries_of(backend_name: str, keys: Any, values: Any) -> tuple[Any, ...]:
+    """Keys and values [B, K, N, D] as a layer's cache of this backend takes them. MLX's takes both in one array."""
+    if backend_name == "torch":
+        return keys, values
+    import mlx.core as mx
+
+    return (mx.concatenate([keys, values], axis=1),)
 
 
 def evaluate(backend: Backend, cache: Any) -> None:
