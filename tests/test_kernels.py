@@ -43,7 +43,7 @@ def test_kernels_compile_for_hopper(
     The interpreter accepts code that the compiler rejects, such as a variable with two types. Compiling needs no GPU.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from mlx_diffgemma.backends.torch import kernels
+    from mlx_diffgemma.backends.torch.kernels import products as kernels
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[activations]
     affine = quantization.mode == "affine"

@@ -1,4 +1,4 @@
-"""Products with packed weights: kernels.py on CUDA, packing.py on a CPU."""
+"""Products with packed weights: kernels/products.py on CUDA, packing.py on a CPU."""
 
 from importlib import import_module
 from types import ModuleType
@@ -40,6 +40,6 @@ def _place(x: Tensor) -> ModuleType:
     if not x.is_cuda:
         return packing
     try:
-        return import_module("mlx_diffgemma.backends.torch.kernels")
+        return import_module("mlx_diffgemma.backends.torch.kernels.products")
     except ImportError as absent:
         raise BackendError(f"quantized weights on CUDA need triton ({absent}); try: pip install triton") from None

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_diffgemma.backends.torch import kernels
-from mlx_diffgemma.backends.torch.kernels import LinearTiles, WeightedTiles
+from mlx_diffgemma.backends.torch.kernels import products as kernels
+from mlx_diffgemma.backends.torch.kernels.products import LinearTiles, WeightedTiles
 from mlx_diffgemma.checkpoint import Quantization
 from support.comparing import assert_close
 from support.packed import FORMATS, identifier, pack
