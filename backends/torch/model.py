@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_diffgemma.backends.torch import attention
+from mlx_diffgemma.backends.torch import attention, fused
 from mlx_diffgemma.backends.torch.cache import Cache, LayerCache
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 
@@ -70,8 +70,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if weighted else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class Rope:
@@ -84,12 +83,6 @@ class Rope:
         """At positions float32 [T]. Angles, cosines and sines are computed in float32."""
         angles = torch.outer(positions, self.frequencies.to(positions.device)).repeat(1, 2)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, heads, D]; the pairs are (i, i + D/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -105,13 +98,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
-        self.v_norm = RMSNorm(layer.head_dim, config.rms_norm_eps, weighted=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], texts: Sequence[Text], *, causal: bool) -> Tensor:
-        queries = rotate(self.q_norm(self._heads(self.q_proj(x))), *rope)  # [T, heads, D]
+        eps = self.q_norm.eps
+        queries = fused.heads(self._heads(self.q_proj(x)), self.q_norm.weight, rope, eps)  # [T, heads, D]
         keys = self._heads(self.k_proj(x))
-        values = self.v_norm(keys if self.v_proj is None else self._heads(self.v_proj(x)))
-        keys = rotate(self.k_norm(keys), *rope)
+        values = fused.heads(keys if self.v_proj is None else self._heads(self.v_proj(x)), None, None, eps)
+        keys = fused.heads(keys, self.k_norm.weight, rope, eps)
         mixed = [self._attend(queries[text.span], keys[text.span], values[text.span], text, causal=causal) for text in texts]
         return self.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).flatten(1))
 
@@ -139,22 +132,21 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(fused.geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
-    """Chooses the experts of a token, and their weights. Its input is the raw residual, which it normalizes itself."""
+    """Chooses the experts of a token, and their weights. Its input is the residual, normalized and scaled by :class:`Layer`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.top_k_experts
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weighted=False)
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)  # [T, E]
+        scores = self.proj(x)  # [T, E]
         weights, experts = scores.softmax(dim=-1, dtype=torch.float32).topk(self.top_k)  # [T, K]
         return weights / weights.sum(dim=-1, keepdim=True) * self.per_expert_scale[experts], experts
 
@@ -187,7 +179,7 @@ class Experts(nn.Module):
         chosen, order = experts.flatten().sort(stable=True)  # T * K (token, expert) pairs, by expert
         ends = torch.searchsorted(chosen, torch.arange(self.num_experts, device=x.device), right=True).int()
         gate, up = self.gate_up_proj(x[order // experts.shape[1]], ends).chunk(2, dim=-1)
-        y = self.down_proj(gelu(gate) * up, ends)
+        y = self.down_proj(fused.geglu(gate, up), ends)
         y = torch.empty_like(y).index_copy(0, order, y).view(*experts.shape, -1)  # [T, K, H], back in the tokens' order
         return (y * weights[..., None]).sum(dim=1).to(x.dtype)
 
@@ -214,11 +206,16 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], texts: Sequence[Text], *, causal: bool) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), rope, texts, causal=causal)
-        x = x + self.post_attention_layernorm(attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        sparse = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
-        x = x + self.post_feedforward_layernorm(dense + self.post_feedforward_layernorm_2(sparse))
-        return x * (self.encoder_layer_scalar if causal else self.layer_scalar)
+        inputs = self.post_attention_layernorm, self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2
+        outputs = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm
+        x, dense, sparse, routed = fused.after_attention(
+            x, attended, [norm.weight for norm in inputs if norm.weight is not None], self.router.scale, self.input_layernorm.eps
+        )
+        dense, sparse = self.mlp(dense), self.experts(sparse, *self.router(routed))
+        scalar = self.encoder_layer_scalar if causal else self.layer_scalar
+        return fused.after_experts(
+            x, dense, sparse, [norm.weight for norm in outputs if norm.weight is not None], scalar, self.input_layernorm.eps
+        )
 
 
 class SelfConditioning(nn.Module):
@@ -234,7 +231,7 @@ class SelfConditioning(nn.Module):
 
     def forward(self, embeddings: Tensor, soft_embeddings: Tensor) -> Tensor:
         signal = self.pre_norm(soft_embeddings)
-        return self.post_norm(embeddings + self.down_proj(gelu(self.gate_proj(signal)) * self.up_proj(signal)))
+        return self.post_norm(embeddings + self.down_proj(fused.geglu(self.gate_proj(signal), self.up_proj(signal))))
 
 
 class TextModel(nn.Module):
@@ -312,7 +309,3 @@ def _positions(segment: Segment, device: torch.device) -> Tensor:
     """Positions float32 [stop - start] of a segment's tokens in their text."""
     begin, rows = len(segment.cache), segment.cache.rows
     return torch.arange(begin, begin + (segment.stop - segment.start) // rows, dtype=torch.float32, device=device).repeat(rows)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")

@@ -6,8 +6,8 @@ what a code and its group's scale are:
 - affine: the code is an unsigned integer q, and the weight is scale * q + bias. Scale and bias are as stored (BF16, FP16, F32).
 - mxfp4: E2M1 codes, an E8M0 scale. mxfp8: E4M3 codes, an E8M0 scale. nvfp4: E2M1 codes, an E4M3 scale. Scales are in U8.
 
-The three products are the same as in kernels/products.py, which is for CUDA. Sums are in float32, and results have the dtype of the
-activations.
+The three products are the same as in kernels/products.py, which is for CUDA. Sums are in float32, and results have the dtype of
+the activations.
 """
 
 from collections.abc import Iterable, Iterator

@@ -7,8 +7,8 @@ classes in the same order. B images, P patches of an image, n soft tokens, H hid
 import torch
 from torch import Tensor, nn
 
-from mlx_diffgemma.backends.torch import attention
-from mlx_diffgemma.backends.torch.model import RMSNorm, gelu, rotate
+from mlx_diffgemma.backends.torch import attention, fused
+from mlx_diffgemma.backends.torch.model import RMSNorm
 from mlx_diffgemma.config import ModelConfig, RopeConfig
 from mlx_diffgemma.vision_config import VisionConfig
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # [B, P, heads, D]
 
     def _rotated(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return rotate(x.unflatten(-1, (2, -1)), *rope).flatten(-2)
+        return fused.rotate(x.unflatten(-1, (2, -1)), *rope).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(fused.geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

@@ -1,0 +1,83 @@
+"""What lies between the products of a layer: norms, rotations, gates and residuals.
+
+Each function is written with PyTorch's operations, which run everywhere and carry gradients. On CUDA in bfloat16 a Triton kernel
+of kernels/norms.py takes their place, which reads and writes each value once. Both round at the same places.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [.., H] / rms(x), times ``weight`` [H] if there is one; in float32."""
+    if kernels := _kernels(x):
+        y: Tensor = kernels.rms_norm(x, weight, eps)
+        return y
+    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).to(x.dtype)
+
+
+def heads(x: Tensor, weight: Tensor | None, rope: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+    """The norm of each head of x [T, heads, D], rotated by cosines and sines [T, 1, D] if there are any."""
+    if kernels := _kernels(x):
+        y: Tensor = kernels.heads(x, weight, rope, eps)
+        return y
+    x = rms_norm(x, weight, eps)
+    return x if rope is None else rotate(x, *rope)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [T, heads, D]; the pairs are (i, i + D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, with the tanh approximation of gelu."""
+    if kernels := _kernels(gate):
+        y: Tensor = kernels.geglu(gate, up)
+        return y
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, weights: Sequence[Tensor], scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, H] plus the norm of ``attended``, and the inputs of the MLP, of the experts and of the router, each [T, H].
+
+    ``weights`` are those of that norm, and of the MLP's and the experts' norms of the sum. The router's input is the sum's norm
+    times ``scale`` / sqrt(H).
+    """
+    if kernels := _kernels(x):
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.after_attention(x, attended, weights, scale, eps)
+        return results
+    own, dense, sparse = weights
+    x = x + rms_norm(attended, own, eps)
+    return x, rms_norm(x, dense, eps), rms_norm(x, sparse, eps), rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5
+
+
+def after_experts(x: Tensor, dense: Tensor, sparse: Tensor, weights: Sequence[Tensor], scalar: Tensor, eps: float) -> Tensor:
+    """(x + norm(norm(dense) + norm(sparse))) * scalar, [T, H]; ``weights`` of the norms of dense, of sparse and of their sum."""
+    if kernels := _kernels(x):
+        y: Tensor = kernels.after_experts(x, dense, sparse, weights, scalar, eps)
+        return y
+    one, other, both = weights
+    return (x + rms_norm(rms_norm(dense, one, eps) + rms_norm(sparse, other, eps), both, eps)) * scalar
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The module with the kernels for x, or None where PyTorch's operations are to be used."""
+    return _norms() if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() else None
+
+
+@cache
+def _norms() -> ModuleType | None:
+    try:
+        return import_module("mlx_diffgemma.backends.torch.kernels.norms")
+    except ImportError:  # without Triton
+        return None
