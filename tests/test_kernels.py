@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_kernels_compile_for_hopper(
     form = {"bits": quantization.bits, "group": quantization.group_size, "mode": quantization.mode}
     form |= {} if affine else {"biases": None}
 
-    for experts, n_size in ((0, 4096), (128, 1408)):
+    for experts, n_size in ((0, 4096), (0, 262_144), (128, 1408)):
         types = packed | {"x": f"*{activations}", "y": f"*{activations}", "m_size": "i32", "n_size": "i32"}
         types |= {"ends": "*i32"} if experts else {}
         matrix = form | {"k_size": 2816, "experts": experts, "experts_block": max(experts, 1)}
@@ -61,7 +62,8 @@ def test_kernels_compile_for_hopper(
         tiles = kernels.LinearTiles.of(n_size, max(experts, 1), dtype)
         for rows in (1, 256):
             blocks = {"block_m": tiles.block_m(rows), "block_n": tiles.block_n, "block_k": tiles.block_k}
-            compiled = compile_for_hopper(kernels._linear, types, matrix | blocks, tiles.num_warps, tiles.num_stages)
+            stages = tiles.stages(blocks["block_m"])
+            compiled = compile_for_hopper(kernels._linear, types, matrix | blocks, tiles.num_warps, stages)
             check_instructions(compiled, activations)
 
     tiles = kernels.WeightedTiles.of(262144, 2816, dtype)
@@ -74,6 +76,21 @@ def test_kernels_compile_for_hopper(
 
 
 def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Any:
+    # Half of a multiprocessor's memory, so that two programs can share it.
+    return compile_for(90, kernel, types, constants, warps, stages, shared=113 * 1024)
+
+
+def compile_for(
+    capability: int,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    shared: int,
+    aligned: Collection[str] = (),
+) -> Any:
+    """Compile a kernel without a GPU. Pointers, and the integers ``aligned``, are multiples of 16, as at a launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,13 +101,16 @@ def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, 
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         # Tensors are aligned. That lets Triton prefetch, which uses shared memory.
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in types.items()
+            if kind.startswith("*") or name in aligned
+        },
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], kernel
-    # Half of a multiprocessor's memory, so that two programs can share it.
-    assert compiled.metadata.shared <= 113 * 1024, f"{compiled.metadata.shared} bytes of shared memory"
+    assert compiled.metadata.shared <= shared, f"{compiled.metadata.shared} bytes of shared memory"
     return compiled
 
 
