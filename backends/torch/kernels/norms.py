@@ -125,7 +125,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         size = x.shape[-1]
         _rms_norm[(len(rows),)](
             rows, weight, y, eps, size=size, block=triton.next_power_of_2(size), weighted=weight is not None,
-            num_warps=_warps(size),
+            num_warps=_warps(size), enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -139,7 +139,7 @@ def after_attention(
     if len(x):
         _after_attention[(len(x),)](
             x.contiguous(), attended.contiguous(), *weights, scale, *results, eps, size**-0.5,
-            size=size, block=triton.next_power_of_2(size), num_warps=_warps(size),
+            size=size, block=triton.next_power_of_2(size), num_warps=_warps(size), enable_fp_fusion=True,
         )  # fmt: skip
     total, dense, sparse, routed = results
     return total, dense, sparse, routed
@@ -151,7 +151,7 @@ def after_experts(x: Tensor, dense: Tensor, sparse: Tensor, weights: Sequence[Te
     if len(x):
         _after_experts[(len(x),)](
             x.contiguous(), dense.contiguous(), sparse.contiguous(), *weights, scalar, y, eps,
-            size=size, block=triton.next_power_of_2(size), num_warps=_warps(size),
+            size=size, block=triton.next_power_of_2(size), num_warps=_warps(size), enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -168,7 +168,8 @@ def heads(x: Tensor, weight: Tensor | None, rope: tuple[Tensor, Tensor] | None, 
         cos, sin = (x, x) if rope is None else (table.contiguous() for table in rope)
         _heads[(count, number)](
             x, weight, cos, sin, y, eps, number, x.stride(0), size=size, half=size // 2,
-            block=triton.next_power_of_2(size // 2), weighted=weight is not None, rotated=rope is not None, num_warps=1,
+            block=triton.next_power_of_2(size // 2), weighted=weight is not None, rotated=rope is not None,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -181,7 +182,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     if len(rows[0]):
         block = 1024
         grid = len(rows[0]), triton.cdiv(size, block)
-        _geglu[grid](*rows, y, size, rows[0].stride(0), rows[1].stride(0), block=block, num_warps=4)
+        _geglu[grid](*rows, y, size, rows[0].stride(0), rows[1].stride(0), block=block, num_warps=4, enable_fp_fusion=True)
     return y
 
 
