@@ -83,6 +83,14 @@ def test_info_reads_only_the_header(repository: hub.Repository, chat: Path, tmp_
     assert json.loads(out)["parameters"] == summarize(Checkpoint.open(chat)).parameters
 
 
+def test_estimate_reads_only_the_header(repository: hub.Repository, tmp_path: Path) -> None:
+    status, out, _ = run("bench", "some/model", "--estimate", "h100", "--prompt-length", "8")
+    assert status == 0
+    assert out.startswith("some/model on H100 SXM: ")
+    assert repository.got().count(WEIGHTS) == 1
+    assert not in_cache(tmp_path)
+
+
 def test_generate_downloads_the_weights_last_and_then_needs_no_network(
     repository: hub.Repository, chat: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

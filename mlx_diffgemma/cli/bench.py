@@ -8,16 +8,22 @@ import click
 
 from mlx_diffgemma.backends import find_place, load_backend
 from mlx_diffgemma.checkpoint import Checkpoint
+from mlx_diffgemma.cli.estimate import estimate_json, estimate_text
 from mlx_diffgemma.cli.loading import check_options, loading_bar
-from mlx_diffgemma.cli.options import backend_options, sampler_options, source_options
+from mlx_diffgemma.cli.options import backend_options, optional_source_options, sampler_options
 from mlx_diffgemma.cli.table import table
 from mlx_diffgemma.hub import local_folder
 from mlx_diffgemma.presets import configured
 from mlx_diffgemma.reports import speed
+from mlx_diffgemma.reports.estimate import estimate, find_hardware, recognize
+
+#: The value of ``--estimate`` without a machine, and the one for all machines.
+_THIS, _ALL = "this", "all"
+_RELEASED = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 
 
 @click.command(short_help="Measure speed and memory on this machine.")
-@source_options
+@optional_source_options
 @click.option(
     "--prompt-length",
     type=int,
@@ -39,9 +45,18 @@ from mlx_diffgemma.reports import speed
 @click.option("--no-images", is_flag=True, help="Measure no images. On a CPU, the largest image takes minutes.")
 @sampler_options
 @backend_options
+@click.option(
+    "--estimate",
+    "estimated",
+    is_flag=False,
+    flag_value=_THIS,
+    metavar="[MACHINE]",
+    help="Measure nothing. Show by arithmetic the least time that MACHINE can take, such as m3-pro, 4090 or h100: the bytes and "
+    "operations of each part. Write it after MODEL.  [default: this machine if it is known, else all; all shows all]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def bench(
-    model: str,
+    model: str | None,
     revision: str | None,
     prompt_length: int,
     repeats: int,
@@ -52,6 +67,7 @@ def bench(
     device: str | None,
     dtype: str | None,
     force: bool,
+    estimated: str | None,
     as_json: bool,
     **sampler: Any,
 ) -> None:
@@ -65,11 +81,21 @@ def bench(
     The last table shows which mode and which canvas length of `generate` are fastest here, and the option that selects them. That
     depends on how many tokens a denoising step settles: `generate` prints this number (tokens per step) for your own prompts. A
     step of a shorter canvas costs less, but mostly settles fewer tokens too: `generate --canvas-length N` prints how many.
+
+    With --estimate, nothing is measured, and no weights are downloaded: only the headers of their files are read. Without MODEL,
+    it is about the released 4-bit checkpoint.
     """
+    if model is None:
+        if estimated is None:
+            raise click.UsageError("Missing argument 'MODEL'.")
+        model = _RELEASED
     check_options(sampler)
     runs = {"prompt_length": prompt_length, "repeats": repeats, "warmup": warmup, "seed": seed}
     speed.check_runs(**runs)
     local_folder(model)
+    if estimated is not None:
+        _estimate(model, revision, estimated, prompt_length, sampler, as_json=as_json)
+        return
     find_place(backend, device=device, dtype=dtype)
     checkpoint = Checkpoint.open(model, revision)
     config = configured(checkpoint.generation, sampler)
@@ -78,6 +104,21 @@ def bench(
         loaded = load_backend(checkpoint, backend, device=device, dtype=dtype, force=force, progress=progress)
     result = speed.bench(loaded, config, **runs, images=not no_images)
     click.echo(json.dumps(_as_json(model, result)) if as_json else _as_text(model, result))
+
+
+def _estimate(
+    model: str, revision: str | None, machine: str, prompt_length: int, sampler: dict[str, Any], *, as_json: bool
+) -> None:
+    if machine == _THIS:
+        this = speed.Machine.this()
+        hardware = recognize(this.cpu, this.gpu)
+    else:
+        hardware = None if machine == _ALL else find_hardware(machine)
+    checkpoint = Checkpoint.open(model, revision)
+    config = configured(checkpoint.generation, sampler)
+    speed.check_lengths(checkpoint.config, config, prompt_length=prompt_length, repeats=1, warmup=0)
+    result = estimate(checkpoint, prompt_length, config.canvas_length)
+    click.echo(json.dumps(estimate_json(model, result, hardware)) if as_json else estimate_text(model, result, hardware))
 
 
 def _as_json(model: str, result: speed.Benchmark) -> dict[str, Any]:

@@ -18,10 +18,8 @@ from mlx_diffgemma.vision_config import BUDGETS
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: ``model`` and ``revision``: the arguments of :meth:`mlx_diffgemma.checkpoint.Checkpoint.open`.
-_SOURCE = (
-    click.argument("model"),
-    click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.  [default: main]"),
-)
+_REVISION = click.option("--revision", metavar="NAME", help="Branch, tag or commit of MODEL on the hub.  [default: main]")
+_SOURCE = (click.argument("model"), _REVISION)
 
 #: How the prompt is read, and the seed.
 _PROMPT = (
@@ -232,6 +230,11 @@ def _apply(options: tuple[Callable[[Function], Function], ...], function: Functi
 def source_options(function: Function) -> Function:
     """The argument MODEL, and ``--revision``."""
     return _apply(_SOURCE, function)
+
+
+def optional_source_options(function: Function) -> Function:
+    """As :func:`source_options`, where ``model`` is None if it is not given."""
+    return _apply((click.argument("model", required=False), _REVISION), function)
 
 
 def prompt_options(function: Function) -> Function:
