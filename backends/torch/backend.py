@@ -1,5 +1,6 @@
 """The PyTorch implementation of the :class:`~mlx_diffgemma.backends.Backend` protocol: loading, and NumPy in and out."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -29,7 +30,7 @@ from mlx_diffgemma.backends.stream import Canvases, answers, spans
 from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.backends.torch.quantized import quantize_modules
-from mlx_diffgemma.backends.torch.step import Inputs, logprobs, score, step
+from mlx_diffgemma.backends.torch.step import Inputs, Signal, SoftEmbeddings, logprobs, score, step
 from mlx_diffgemma.backends.torch.vision import VisionModel
 from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers, is_vision
 from mlx_diffgemma.errors import BackendError, InputError
@@ -66,6 +67,8 @@ def load(checkpoint: Checkpoint, place: Place, progress: Progress) -> "TorchBack
     for part in parts:
         part.load_state_dict({name: tensors[name] for name in part.state_dict()}, assign=True)
         part.eval().requires_grad_(False)
+    if device.type == "cuda":
+        model.join()
     return TorchBackend(model, vision, device, place.dtype)
 
 
@@ -122,6 +125,7 @@ class TorchBackend:
     def __init__(self, model: TextModel, vision: VisionModel | None, device: torch.device, dtype: str) -> None:
         self.model, self.vision, self.config = model, vision, model.config
         self.device, self.dtype = str(device), dtype
+        self._last: weakref.ref[SoftEmbeddings] | None = None  # of the last pass; gone when no canvas goes on with it
 
     def new_cache(self) -> Cache:
         return Cache(self.config)
@@ -169,6 +173,8 @@ class TorchBackend:
         """Queue a pass on a GPU, or compute it on a CPU. The function returned copies the results."""
         check_rows(rows, self.config)
         given = Canvases.of(rows)
+        if self._last is not None and (whole := self._last()) is not None:
+            whole.array()  # so that only one pass holds its logits
         tokens, segments = self._stream(rows)
         *statistics, soft_embeddings = step(
             self.model,
@@ -182,7 +188,8 @@ class TorchBackend:
                 frozen=None if given.frozen is None else self._to_device(given.frozen),
             ),
         )
-        signals = [soft_embeddings[start:stop] for start, stop, *_ in segments]
+        self._last = weakref.ref(soft_embeddings)
+        signals = [Signal(soft_embeddings, slice(start, stop)) for start, stop, *_ in segments]
         return lambda: answers([self._to_numpy(each) for each in statistics], signals)
 
     @torch.inference_mode()
@@ -237,12 +244,15 @@ class TorchBackend:
 
     def _soft_embeddings(self, rows: Sequence[Row]) -> Tensor | None:
         """The rows' self-conditioning [T, H], with zeros for rows without it; None if no row has it."""
-        known = [row.self_conditioning for row in rows if row.self_conditioning is not None]
+        signals = [None if row.self_conditioning is None else row.self_conditioning.array() for row in rows]
+        known = [signal for signal in signals if signal is not None]
         if not known:
             return None
         nothing = known[0].new_zeros(1, known[0].shape[1])
-        signals = [(row.self_conditioning, len(row.canvas)) for row in rows]
-        return torch.cat([nothing.expand(length, -1) if signal is None else signal for signal, length in signals])
+        filled = [
+            nothing.expand(len(row.canvas), -1) if signal is None else signal for row, signal in zip(rows, signals, strict=True)
+        ]
+        return torch.cat(filled) if len(filled) > 1 else filled[0]
 
     def _finish(self) -> None:
         """Wait for the device."""

@@ -70,14 +70,26 @@ def after_experts(x: Tensor, dense: Tensor, sparse: Tensor, weights: Sequence[Te
     return (x + rms_norm(rms_norm(dense, one, eps) + rms_norm(sparse, other, eps), both, eps)) * scalar
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
+def routed(scores: Tensor, scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` experts with the highest scores [T, E], and their weights: float32 and int64 [T, K], the highest first.
+
+    Weights are the softmax over all experts, divided by the sum over those chosen, times each expert's ``scale`` [E].
+    """
+    if kernels := _kernels(scores, "experts"):
+        results: tuple[Tensor, Tensor] = kernels.routed(scores, scale, top_k)
+        return results
+    weights, experts = scores.softmax(dim=-1, dtype=torch.float32).topk(top_k)
+    return weights / weights.sum(dim=-1, keepdim=True) * scale[experts], experts
+
+
+def _kernels(x: Tensor, name: str = "norms") -> ModuleType | None:
     """The module with the kernels for x, or None where PyTorch's operations are to be used."""
-    return _norms() if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() else None
+    return _module(name) if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() else None
 
 
 @cache
-def _norms() -> ModuleType | None:
+def _module(name: str) -> ModuleType | None:
     try:
-        return import_module("mlx_diffgemma.backends.torch.kernels.norms")
+        return import_module(f"mlx_diffgemma.backends.torch.kernels.{name}")
     except ImportError:  # without Triton
         return None

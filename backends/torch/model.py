@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_diffgemma.backends.torch import attention, fused
+from mlx_diffgemma.backends.torch import attention, fused, products
 from mlx_diffgemma.backends.torch.cache import Cache, LayerCache
+from mlx_diffgemma.backends.torch.quantized import Quantized
 from mlx_diffgemma.config import LayerConfig, ModelConfig
 
 
@@ -85,6 +86,41 @@ class Rope:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class Joined(nn.Module):
+    """Several linear maps of the same input, as one product whose outputs are views of one tensor.
+
+    Maps of different kinds or formats stay apart. For inference: the parts' weights are copied into one, and no longer theirs.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        held = [dict(part.named_parameters()) | dict(part.named_buffers()) for part in parts]
+        self.sizes = [len(tensors["weight"]) for tensors in held]
+        forms = [
+            (type(part), getattr(part, "format", None), {name: tensor.dtype for name, tensor in tensors.items()})
+            for part, tensors in zip(parts, held, strict=True)
+        ]
+        if all(form == forms[0] for form in forms):
+            for name in held[0]:
+                whole = torch.cat([_signed(tensors[name].detach()) for tensors in held]).view(held[0][name].dtype)
+                kept = nn.Parameter(whole, requires_grad=False) if isinstance(held[0][name], nn.Parameter) else whole
+                setattr(parts[0], name, kept)
+            parts = parts[:1]
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        """The output [.., out] of each map."""
+        if len(self.parts) == 1:
+            whole: Tensor = self.parts[0](x)
+            return whole.split(self.sizes, dim=-1)
+        return [part(x) for part in self.parts]
+
+
+def _signed(tensor: Tensor) -> Tensor:
+    """Words as int32: torch can do little with uint32."""
+    return tensor.view(torch.int32) if tensor.dtype == torch.uint32 else tensor
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normalized queries, keys and values, and scale 1. Full layers use the keys as values."""
 
@@ -98,12 +134,19 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
+        self.qkv_proj: Joined | None = None
+
+    def join(self) -> None:
+        """Make one product of the projections."""
+        parts = [self.q_proj, self.k_proj] if self.v_proj is None else [self.q_proj, self.k_proj, self.v_proj]
+        self.qkv_proj = Joined(parts)
+        del self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], texts: Sequence[Text], *, causal: bool) -> Tensor:
         eps = self.q_norm.eps
-        queries = fused.heads(self._heads(self.q_proj(x)), self.q_norm.weight, rope, eps)  # [T, heads, D]
-        keys = self._heads(self.k_proj(x))
-        values = fused.heads(keys if self.v_proj is None else self._heads(self.v_proj(x)), None, None, eps)
+        queries, keys, values = (self._heads(each) for each in self._projected(x))
+        queries = fused.heads(queries, self.q_norm.weight, rope, eps)  # [T, heads, D]
+        values = fused.heads(values, None, None, eps)
         keys = fused.heads(keys, self.k_norm.weight, rope, eps)
         mixed = [self._attend(queries[text.span], keys[text.span], values[text.span], text, causal=causal) for text in texts]
         return self.o_proj((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).flatten(1))
@@ -120,6 +163,14 @@ class Attention(nn.Module):
             mixed = attention.bidirectional(queries, *text.cache.extended(keys, values))
         return mixed.transpose(1, 2).flatten(0, 1)
 
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before their norms, [T, heads * D]."""
+        if self.qkv_proj is not None:
+            queries, keys, *own = self.qkv_proj(x)
+            return queries, keys, own[0] if own else keys
+        keys = self.k_proj(x)
+        return self.q_proj(x), keys, keys if self.v_proj is None else self.v_proj(x)
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
 
@@ -130,9 +181,16 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj: Joined | None = None
+
+    def join(self) -> None:
+        """Make one product of the two maps of the input."""
+        self.gate_up_proj = Joined([self.gate_proj, self.up_proj])
+        del self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(fused.geglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.gate_up_proj is None else self.gate_up_proj(x)
+        return self.down_proj(fused.geglu(gate, up))
 
 
 class Router(nn.Module):
@@ -146,9 +204,7 @@ class Router(nn.Module):
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.proj(x)  # [T, E]
-        weights, experts = scores.softmax(dim=-1, dtype=torch.float32).topk(self.top_k)  # [T, K]
-        return weights / weights.sum(dim=-1, keepdim=True) * self.per_expert_scale[experts], experts
+        return fused.routed(self.proj(x), self.per_expert_scale, self.top_k)  # [T, K], [T, K]
 
 
 class ExpertLinear(nn.Module):
@@ -176,6 +232,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Send each token of x [T, H] through its experts [T, K], and sum the results weighted by ``weights`` [T, K]."""
+        if isinstance(self.gate_up_proj, Quantized) and isinstance(self.down_proj, Quantized):
+            mixed = products.experts(x, weights, experts, self.gate_up_proj.packed, self.down_proj.packed)
+            if mixed is not None:
+                return mixed
         chosen, order = experts.flatten().sort(stable=True)  # T * K (token, expert) pairs, by expert
         ends = torch.searchsorted(chosen, torch.arange(self.num_experts, device=x.device), right=True).int()
         gate, up = self.gate_up_proj(x[order // experts.shape[1]], ends).chunk(2, dim=-1)
@@ -243,6 +303,13 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ropes = {layer.layer_type: Rope(layer) for layer in config.layers}
+
+    def join(self) -> None:
+        """Make one product of those with the same input, for inference on a GPU. To be called once, after weights are loaded."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.self_attn.join()
+            layer.mlp.join()
 
     def encode(self, tokens: Tensor, segments: Sequence[Segment], trace: list[Tensor] | None = None) -> Tensor:
         """Hidden states [T, H] of tokens [T]. Each token sees those before it in its text. Appends to the caches."""

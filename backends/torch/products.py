@@ -3,11 +3,15 @@
 from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from mlx_diffgemma.backends.torch import packing
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.errors import BackendError
+
+#: A packed matrix, or one for each expert: weight, scales, biases and format.
+Packed = tuple[Tensor, Tensor, Tensor | None, Quantization]
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, biases: Tensor | None, quantization: Quantization) -> Tensor:
@@ -30,16 +34,36 @@ def expert_linear(
     return product
 
 
+def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Packed, down: Packed) -> Tensor | None:
+    """What ``model.Experts`` computes, in one call of kernels/experts.py; None where that has no kernels for it.
+
+    x is [T, H], ``weights`` (float32) and ``chosen`` [T, K]. The kernels are for bfloat16 on Ampere or newer and for the format
+    that is published, 4 bits in affine groups of 64.
+    """
+    if not _on_tensor_cores(x) or any(packed[3] != Quantization(64, 4) for packed in (gate_up, down)):
+        return None
+    if x.shape[-1] % 128 or gate_up[0].shape[-2] % 128:  # blocks are not cut short
+        return None
+    mixed: Tensor = _kernels("experts").mixed(x, weights, chosen, gate_up[:3], down[:3])
+    return mixed
+
+
 def rows(index: Tensor, weight: Tensor, scales: Tensor, biases: Tensor | None, quantization: Quantization) -> Tensor:
     """The weights at ``index`` of the first dimension, float32."""
     return packing.rows(index, weight, scales, biases, quantization)
 
 
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def _place(x: Tensor) -> ModuleType:
     """The module with the products for x's device. Triton is imported on CUDA only."""
-    if not x.is_cuda:
-        return packing
+    return _kernels("products") if x.is_cuda else packing
+
+
+def _kernels(name: str) -> ModuleType:
     try:
-        return import_module("mlx_diffgemma.backends.torch.kernels.products")
+        return import_module(f"mlx_diffgemma.backends.torch.kernels.{name}")
     except ImportError as absent:
         raise BackendError(f"quantized weights on CUDA need triton ({absent}); try: pip install triton") from None

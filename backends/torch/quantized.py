@@ -31,7 +31,7 @@ class Quantized(nn.Module):
         self.register_buffer("biases", torch.zeros(groups, dtype=torch.bfloat16) if affine else None)
 
     @property
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Quantization]:
+    def packed(self) -> products.Packed:
         # Words are loaded as uint32, for which torch supports little indexing.
         return self.weight.view(torch.int32), self.scales, self.biases, self.format
 

@@ -1,19 +1,18 @@
-"""The denoising step: canvases in, three small arrays and the next step's self-conditioning out. Nothing large outlives it.
+"""The denoising step: canvases in, three small arrays and the next step's self-conditioning out.
 
 Scoring is here too: it applies the same head to given tokens. T positions of any number of canvases, H hidden size,
 V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlx_diffgemma.backends import SCORE_TILE
-from mlx_diffgemma.backends.torch import tiling
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
-from mlx_diffgemma.backends.torch.noise import gumbel, words
+from mlx_diffgemma.backends.torch.statistics import statistics
 
 
 class Inputs(NamedTuple):
@@ -36,30 +35,71 @@ class Inputs(NamedTuple):
     frozen: Tensor | None
 
 
-def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[Tensor, ...]:
+class SoftEmbeddings:
+    """The next step's self-conditioning [T, H], which is computed when it is first needed.
+
+    A canvas that is done needs none. Until then this holds the logits in the weights' type, or on a CPU the probabilities.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute: Callable[[], Tensor] | None = compute
+        self._array: Tensor | None = None
+
+    def array(self) -> Tensor:
+        if self._compute is not None:
+            self._array, self._compute = self._compute(), None
+        assert self._array is not None
+        return self._array
+
+
+class Signal:
+    """The self-conditioning [L, H] of one row of a pass."""
+
+    def __init__(self, whole: SoftEmbeddings, span: slice) -> None:
+        self.whole, self.span = whole, span
+
+    def __len__(self) -> int:
+        return int(self.span.stop - self.span.start)
+
+    def array(self) -> Tensor:
+        return self.whole.array()[self.span]
+
+
+def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[Tensor, Tensor, Tensor, SoftEmbeddings]:
     """One denoising step: argmax, sampled (int64 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
 
     At most SCORE_TILE positions have logits at a time, however many canvases there are.
     """
     hidden = model.denoise(given.canvases, segments, given.soft_embeddings)
-    tiles = [_answer(model, hidden, given, slice(start, start + SCORE_TILE)) for start in range(0, len(hidden), SCORE_TILE)]
-    return tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
+    if len(hidden) <= SCORE_TILE:
+        return _answer(model, hidden, given, slice(0, len(hidden)))
+    tiles: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(hidden), SCORE_TILE):
+        span = slice(start, start + SCORE_TILE)
+        *found, soft = _answer(model, hidden[span], given, span)
+        tiles.append((*found, soft.array()))
+    argmax, sampled, entropy, whole = (torch.cat(parts) for parts in zip(*tiles, strict=True))
+    return argmax, sampled, entropy, SoftEmbeddings(lambda: whole)
 
 
-def _answer(model: TextModel, hidden: Tensor, given: Inputs, span: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of :func:`step` for the positions in ``span``."""
-    raw = model.embed_tokens.as_linear(hidden[span]).float()  # [N, V]
+def _answer(model: TextModel, hidden: Tensor, given: Inputs, span: slice) -> tuple[Tensor, Tensor, Tensor, SoftEmbeddings]:
+    """The results of :func:`step` for the positions in ``span``, with hidden states [N, H]."""
+    raw = model.embed_tokens.as_linear(hidden)  # [N, V]
     noise = None if given.noise is None else given.noise[span]
-    cap, temperature = model.config.final_logit_softcapping, given.temperature[span]
-    argmax, sampled, entropy, probabilities = statistics(raw, noise, hidden.dtype, cap=cap, temperature=temperature)
-    soft = model.soft_embeddings(probabilities)
-    sampled = torch.where(given.drawn[span], sampled, argmax)
-    if given.frozen is not None:
-        known, token = given.frozen[span] >= 0, given.frozen[span].clamp(min=0).long()
+    frozen = None if given.frozen is None else given.frozen[span]
+    found = statistics(raw, noise, model.config.final_logit_softcapping, given.temperature[span])
+    argmax, entropy = found.argmax, found.entropy
+    sampled = torch.where(given.drawn[span], found.sampled, argmax)
+    if frozen is not None:
+        known, token = frozen >= 0, frozen.clamp(min=0).long()
         argmax, sampled = torch.where(known, token, argmax), torch.where(known, token, sampled)
         entropy = torch.where(known, 0.0, entropy)
-        soft = torch.where(known[:, None], model.embed(token), soft)
-    return argmax, sampled, entropy, soft
+
+    def soft() -> Tensor:
+        rows = model.soft_embeddings(found.probabilities())
+        return rows if frozen is None else torch.where((frozen >= 0)[:, None], model.embed(frozen.clamp(min=0).long()), rows)
+
+    return argmax, sampled, entropy, SoftEmbeddings(soft)
 
 
 def score(model: TextModel, tokens: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -84,35 +124,3 @@ def logprobs(model: TextModel, hidden: Tensor, tokens: Tensor, temperature: Tens
         logits = logits if temperature is None else logits / temperature[span, None]
         parts.append(logits.gather(1, tokens[span, None])[:, 0] - logits.logsumexp(dim=-1))
     return torch.cat(parts)
-
-
-def statistics(
-    raw: Tensor, noise: Tensor | None, dtype: torch.dtype, *, cap: float, temperature: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Argmax, sample, entropy and probabilities of cap * tanh(raw / cap) / temperature.
-
-    Args:
-        raw: float32 [T, V], the head's output before the softcap; overwritten on a CPU.
-        noise, temperature: as in :class:`Inputs`.
-
-    Returns:
-        argmax, sampled (int64 [T]), entropy (float32 [T], nats), and the probabilities [T, V] in ``dtype``: the float32 softmax
-        of the tempered logits rounded to ``dtype``.
-    """
-    if raw.device.type == "cpu":
-        return tiling.statistics(raw, noise, dtype, cap=cap, temperature=temperature)
-    scores = torch.tanh(raw / cap) * (cap / temperature)[:, None]
-    argmax = scores.argmax(dim=-1)
-    sampled = argmax if noise is None else _sample(scores, noise)
-    shifted = scores - scores.amax(dim=-1, keepdim=True)
-    weights = torch.exp(shifted)
-    total = weights.sum(dim=-1)
-    entropy = torch.log(total) - (shifted * weights).sum(dim=-1) / total
-    if dtype == torch.float32:
-        return argmax, sampled, entropy, weights / total[:, None]
-    return argmax, sampled, entropy, torch.softmax(scores.to(dtype), dim=-1, dtype=torch.float32).to(dtype)
-
-
-def _sample(scores: Tensor, noise: Tensor) -> Tensor:
-    """argmax(scores + Gumbel noise) of scores float32 [T, V]; noise int32 [T]."""
-    return (scores + gumbel(words(noise, scores.shape[-1]))).argmax(dim=-1)

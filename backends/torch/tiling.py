@@ -1,4 +1,4 @@
-"""The statistics of a denoising step on a CPU: the same as in step.py, computed in tiles that fit the processor's cache."""
+"""The statistics of a denoising step on a CPU, computed in tiles that fit the processor's cache."""
 
 import math
 
@@ -19,7 +19,10 @@ NEAR = 1e-3 - math.log(-math.log1p(-(2.0 ** (FAR_BITS - 32))))
 def statistics(
     raw: Tensor, noise: Tensor | None, dtype: torch.dtype, *, cap: float, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Like :func:`mlx_diffgemma.backends.torch.step.statistics`, but overwrites ``raw``."""
+    """Argmax, sampled, entropy and probabilities, as :class:`mlx_diffgemma.backends.torch.statistics.Statistics` has them.
+
+    Overwrites ``raw``, float32 [T, V]. The probabilities are [T, V] in ``dtype``, the weights' type.
+    """
     tile = max(1, TILE // raw.shape[1])
     probabilities = raw if dtype == torch.float32 else torch.empty_like(raw, dtype=dtype)
     # New memory for every tile would cost more time than the computation.
