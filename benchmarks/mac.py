@@ -35,25 +35,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import presets
-from mac_operations import (
-    GROUP,
-    REAL,
-    TOY,
-    TYPES,
-    WARMUP,
-    Sizes,
-    attentions,
-    device,
-    matrix_products,
-    metal_kernels,
-    model_type,
-    only_mlx,
-    rotations,
-    spread,
-    tried,
-)
+from mac_operations import TYPES, attentions, device, matrix_products, metal_kernels, model_type, only_mlx, rotations
 from mlx.utils import tree_flatten
 from real_4bit_cpu import value
+from sections import BITS_8, GROUP, REAL, TOY, WARMUP, Sizes, spread, tried
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Piece, Row, load_backend
@@ -69,8 +54,6 @@ from mlx_diffgemma.reports.speed import Machine, bench
 
 #: Layers of the slice of the model, five sliding and one full, and of the whole model.
 LAYERS, ALL_LAYERS = 6, 30
-#: Products of the released 4-bit checkpoint that have 8 bits.
-BITS_8 = ("embed_tokens", "self_attn", "mlp", "router")
 DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
 
 

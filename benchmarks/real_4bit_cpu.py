@@ -92,13 +92,16 @@ def value(name: str, stored: dict[str, tuple[tuple[int, ...], str]]) -> float:
         return stored[name][0][0] ** -0.25 if module.endswith(("q_norm", "k_norm")) else 1.0
     groups = stored[name][0][-1]
     bits = stored[f"{module}.weight"][0][-1] * 32 // (groups * 64)
-    deviation = (64 * groups) ** -0.5
-    if module.endswith("embed_tokens"):
-        deviation *= 6
-    if module.endswith("router.proj"):
-        deviation = 1.0  # the router divides its input by the square root of the hidden size
-    scale: float = deviation / ((4**bits - 1) / 12) ** 0.5  # deviation of uniform codes
+    scale: float = deviation(module, 64 * groups) / ((4**bits - 1) / 12) ** 0.5  # deviation of uniform codes
     return scale if kind == "scales" else -scale * (2**bits - 1) / 2
+
+
+def deviation(module: str, size: int) -> float:
+    """The deviation of a module's weights, whose rows have ``size`` of them."""
+    if module.endswith("router.proj"):
+        return 1.0  # the router divides its input by the square root of the hidden size
+    scale: float = size**-0.5
+    return 6 * scale if module.endswith("embed_tokens") else scale
 
 
 class Clock:

@@ -14,8 +14,10 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -29,6 +31,28 @@ from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.sampler import Text, block_diffusion
 
 PREFIX = 600
+
+
+def reference_seconds(
+    reference: Any, prompt: torch.Tensor, new_tokens: int, steps: int, done: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Seconds of each denoising step of a ``generate`` of `transformers`. ``done`` waits for the device."""
+    seconds, step = [], type(reference)._denoising_step
+
+    def timed(self: object, *args: object, **kwargs: object) -> object:
+        done()
+        started = time.perf_counter()
+        result = step(self, *args, **kwargs)
+        done()
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    type(reference)._denoising_step = timed
+    try:
+        reference.generate(prompt, max_new_tokens=new_tokens, max_denoising_steps=steps, confidence_threshold=1e-9)
+    finally:
+        type(reference)._denoising_step = step
+    return seconds
 
 
 def main() -> None:
@@ -55,25 +79,7 @@ def main() -> None:
         return [event.seconds for event in block_diffusion(backend, Text(prompt), config) if isinstance(event, Draft)]
 
     def theirs() -> list[float]:
-        seconds, step = [], type(reference)._denoising_step
-
-        def timed(self: object, *args: object, **kwargs: object) -> object:
-            started = time.perf_counter()
-            result = step(self, *args, **kwargs)
-            seconds.append(time.perf_counter() - started)
-            return result
-
-        type(reference)._denoising_step = timed
-        try:
-            reference.generate(
-                torch.from_numpy(prompt).long()[None],
-                max_new_tokens=config.max_new_tokens,
-                max_denoising_steps=arguments.steps,
-                confidence_threshold=1e-9,
-            )
-        finally:
-            type(reference)._denoising_step = step
-        return seconds
+        return reference_seconds(reference, torch.from_numpy(prompt).long()[None], config.max_new_tokens, arguments.steps)
 
     ours(), theirs()
     pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
