@@ -17,7 +17,7 @@ from support.signals import numbers_of
 Load = Callable[..., Backend]
 
 SHAPES = ("base", "odd_sizes", "window_below_canvas", "six_layers", "other_constants")
-MIXES = 200
+MIXES = 100
 
 
 @dataclass

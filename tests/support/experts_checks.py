@@ -99,6 +99,8 @@ def reference(x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
     ],
 )
 def test_values(tokens: int, among: list[int], top_k: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu" and tokens in (77, 131) and capability != {77: (9, 0), 131: (8, 9)}[tokens]:
+        pytest.skip("slow in the interpreter: each of these sizes runs with one order of terms")
     monkeypatch.setattr(kernels, "_capability", lambda device: capability)
     x = normal(tokens, HIDDEN).bfloat16()
     weights, chosen = choices(tokens, among, top_k)
