@@ -25,12 +25,9 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
@@ -39,22 +36,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.reports.speed import Machine
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support.compiling import Launch, cuobjdump, recorded
 
 TOKENS, HIDDEN, INNER, MOE, EXPERTS, CHOSEN, VOCABULARY, HEADS, PREFIX = 256, 2816, 2112, 704, 128, 8, 262_144, 16, 1024
 BITS_4, BITS_8 = Quantization(64, 4), Quantization(64, 8)
 RESULT = Path(__file__).with_name("results") / "kernel_table.json"
 
-_POINTERS = {
-    **{torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"},
-    **{torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"},
-}
 #: The most shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
 _MOST_SHARED = {90: 227 * 1024, 89: 99 * 1024, 120: 99 * 1024}
 #: The constant with the number of elements that a program computes, of kernels without tensor-core products.
@@ -71,16 +63,6 @@ class Case:
     name: str
     module: str
     call: Callable[[Any, int], object]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel as it was launched: its grid of programs, its arguments by name, and its options."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -182,58 +164,9 @@ def launches(case: Case, arch: int) -> list[Launch] | None:
         if missing.name == name:
             return None
         raise
-    found: list[Launch] = []
-    with _recording(found):
-        case.call(module, arch)
-    once = {repr((launch.kernel.__name__, _signature(launch), sorted(launch.options.items()))): launch for launch in found}
+    found = recorded(lambda: case.call(module, arch))
+    once = {repr((launch.kernel.__name__, launch.signature(), sorted(launch.options.items()))): launch for launch in found}
     return list(once.values())
-
-
-@contextmanager
-def _recording(found: list[Launch]) -> Iterator[None]:
-    """Append each launch to ``found`` instead of launching it."""
-
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        own = {name: value for name, value in named.items() if name in self.arg_names}
-        others = {name: value for name, value in named.items() if name not in self.arg_names}
-        found.append(Launch(self, tuple(grid), {**dict(zip(self.arg_names, arguments, strict=False)), **own}, others))
-
-    with mock.patch.object(JITFunction, "run", run):
-        yield
-
-
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """Types and constants of the arguments, and the names of those that are multiples of 16, as Triton's JIT decides them."""
-    types, constants, aligned = {}, {}, []
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            types[parameter.name] = _POINTERS[value.dtype]
-            if not parameter.do_not_specialize_on_alignment:
-                aligned.append(parameter.name)  # torch allocates at multiples of 512 bytes
-        elif isinstance(value, float):
-            types[parameter.name] = "fp32"
-        else:
-            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and value % 16 == 0:
-                aligned.append(parameter.name)
-    return types, constants, aligned
-
-
-def compiled(launch: Launch, arch: int) -> Any:
-    types, constants, aligned = _signature(launch)
-    names = launch.kernel.arg_names
-    source = ASTSource(
-        launch.kernel,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
 
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);")
@@ -249,10 +182,7 @@ class Code:
 
     @classmethod
     def of(cls, made: Any) -> "Code":
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(made.asm["cubin"])
-            file.flush()
-            text, usage = (_cuobjdump(option, file.name) for option in ("-sass", "-res-usage"))
+        text, usage = (cuobjdump(made, option) for option in ("-sass", "-res-usage"))
         found = [(int(at, 16), operation, rest) for at, operation, rest in _INSTRUCTION.findall(text)]
         return cls(found, int(re.findall(r"REG:(\d+)", usage)[0]))
 
@@ -272,12 +202,6 @@ class Code:
         return min(loops, key=len, default=None)
 
 
-def _cuobjdump(option: str, file: str) -> str:
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    run = subprocess.run([program, option, file], capture_output=True, text=True, check=True)
-    return run.stdout + run.stderr
-
-
 def _mma(body: Sequence[tuple[int, str, str]]) -> Counter[tuple[int, int, int]]:
     """How often each shape of a tensor-core product is in ``body``."""
     shapes: Counter[tuple[int, int, int]] = Counter()
@@ -288,11 +212,11 @@ def _mma(body: Sequence[tuple[int, str, str]]) -> Counter[tuple[int, int, int]]:
 
 
 def row(case: Case, launch: Launch, arch: int) -> Row:
-    made = compiled(launch, arch)
+    made = launch.compiled(arch)
     code, warps = Code.of(made), made.metadata.num_warps
     loop = code.loop()
     shapes = _mma(loop if loop is not None else code.instructions)
-    _, constants, _ = _signature(launch)
+    _, constants, _ = launch.signature()
     units, unit = None, "element"
     if loop is None:
         units = constants.get(_ELEMENTS.get(launch.kernel.__name__, ""))

@@ -1,6 +1,6 @@
 """benchmarks/kernel_table.py: a kernel is compiled as it is launched, and its machine code is read right. Needs no GPU."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from support.compiling import recorded
+from support.interpreting import needs_triton
+
+pytestmark = needs_triton
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -97,12 +100,9 @@ def test_arguments_are_typed_as_the_compiler_types_them(table: Any) -> None:
     def kernel(x, y, rows, one, wide, odd, scale, block: triton.language.constexpr):  # type: ignore[no-untyped-def]
         pass
 
-    found: list[Any] = []
-    with table._recording(found):
-        kernel[(1,)](table.empty(4), None, 32, 1, 2**40, 7, 0.5, block=64, num_warps=2)
-    [launch] = found
+    [launch] = recorded(lambda: kernel[(1,)](table.empty(4), None, 32, 1, 2**40, 7, 0.5, block=64, num_warps=2))
     assert launch.options == {"num_warps": 2}
-    types, constants, aligned = table._signature(launch)
+    types, constants, aligned = launch.signature()
     assert types == {
         **{"x": "*bf16", "y": "constexpr", "rows": "i32", "one": "constexpr"},
         **{"wide": "i64", "odd": "i32", "scale": "fp32", "block": "constexpr"},

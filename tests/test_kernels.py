@@ -1,33 +1,21 @@
 """The Triton kernels: correct in Triton's interpreter (and on CUDA if available), and compiled for a Hopper GPU."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mlx_diffgemma.checkpoint import Quantization
+from support.compiling import check_instructions, compile_for_hopper
+from support.interpreting import interpreted_and_on_cuda, needs_triton, run_checks
 from support.packed import identifier
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("interpret", [True, False], ids=["interpreter", "cuda"])
+@interpreted_and_on_cuda
 def test_kernels_are_right(interpret: bool) -> None:
-    if not interpret and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    # Triton reads this variable when it is imported, so each value needs a separate process.
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    checks = Path(__file__).parent / "support" / "kernels_checks.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout.strip().splitlines()[-1])
+    run_checks("kernels", interpret=interpret)
 
 
 @pytest.mark.parametrize("activations", ["bf16", "fp32"])
@@ -73,48 +61,3 @@ def test_kernels_compile_for_hopper(
     check_instructions(compiled, activations)
     types = {"partial": "*fp32", "y": f"*{activations}", "size": "i32", "slots": "i32"}
     compile_for_hopper(kernels._added, types, {"block": 1024})
-
-
-def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Any:
-    # Half of a multiprocessor's memory, so that two programs can share it.
-    return compile_for(90, kernel, types, constants, warps, stages, shared=113 * 1024)
-
-
-def compile_for(
-    capability: int,
-    kernel: Any,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    warps: int,
-    stages: int,
-    shared: int,
-    aligned: Collection[str] = (),
-) -> Any:
-    """Compile a kernel without a GPU. Pointers, and the integers ``aligned``, are multiples of 16, as at a launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        # Tensors are aligned. That lets Triton prefetch, which uses shared memory.
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in types.items()
-            if kind.startswith("*") or name in aligned
-        },
-    )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.asm["cubin"], kernel
-    assert compiled.metadata.shared <= shared, f"{compiled.metadata.shared} bytes of shared memory"
-    return compiled
-
-
-def check_instructions(compiled: Any, activations: str) -> None:
-    """Half precision uses only wgmma, and float32 uses no tensor core."""
-    found = {name for name in ("wgmma.mma_async", "mma.sync") if name in compiled.asm["ptx"]}
-    assert found == ({"wgmma.mma_async"} if activations == "bf16" else set())

@@ -4,9 +4,6 @@ without spills, and the operations that stand for them elsewhere. The self-condi
 ``pytest tests/test_kernels_statistics.py -k compile -s`` prints registers, spills and shared memory.
 """
 
-import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_kernels import compile_for
 
 from mlx_diffgemma import load
 from mlx_diffgemma.backends.torch import statistics, tiling
@@ -22,22 +18,14 @@ from mlx_diffgemma.backends.torch.statistics import eager
 from mlx_diffgemma.noise import bits
 from support.checkpoints import make_chat_checkpoint
 from support.comparing import assert_close
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from support.compiling import compile_for, usage
+from support.interpreting import interpreted_and_on_cuda, needs_triton, run_checks
 
 
 @needs_triton
-@pytest.mark.parametrize("interpret", [True, False], ids=["interpreter", "cuda"])
+@interpreted_and_on_cuda
 def test_statistics_kernels_are_right(interpret: bool) -> None:
-    if not interpret and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    # Triton reads this variable when it is imported, so each value needs a separate process.
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    checks = Path(__file__).parent / "support" / "statistics_checks.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout.strip().splitlines()[-1])
+    run_checks("statistics", interpret=interpret)
 
 
 @needs_triton
@@ -70,7 +58,7 @@ def test_statistics_kernels_compile_without_spills(
         mine = {name: types[name] for name in kernel.arg_names if name in types and name not in constants}
         aligned = [] if v_size % 16 else ["v_size", "slots"]
         compiled = compile_for(90, kernel, mine, constants, warps, 3, shared=1024, aligned=aligned)
-        registers, spilled = usage(compiled, tmp_path)
+        registers, spilled = usage(compiled)
         print(
             f"sm_90 {kernel.__name__:14} {str(dtype)[6:]:8} V {v_size}: {registers} registers, {spilled} B spilled, "
             f"{compiled.metadata.shared} B shared, {warps} warps"
@@ -78,20 +66,6 @@ def test_statistics_kernels_compile_without_spills(
         assert spilled == 0
         assert registers <= 128, "two programs of eight warps fit on a multiprocessor"
         assert "lg2.approx" not in compiled.asm["ptx"], "its error near 1 is as large as the logarithms that the noise needs"
-
-
-def usage(compiled: Any, folder: Path) -> tuple[int, int]:
-    """Registers of a thread, and the bytes that it spills, from the compiled code."""
-    import re
-
-    from triton.backends.nvidia import compiler
-
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
-    return found["REG"], found["STACK"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,28 +1,18 @@
 """The kernels between the products: right in Triton's interpreter (and on CUDA if available), and compiled for a Hopper GPU."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from test_kernels import compile_for_hopper
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from support.compiling import compile_for_hopper
+from support.interpreting import interpreted_and_on_cuda, needs_triton, run_checks
+
+pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("interpret", [True, False], ids=["interpreter", "cuda"])
+@interpreted_and_on_cuda
 def test_the_kernels_between_the_products_are_right(interpret: bool) -> None:
-    if not interpret and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    checks = Path(__file__).parent / "support" / "norms_checks.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout.strip().splitlines()[-1])
+    run_checks("norms", interpret=interpret)
 
 
 def test_they_compile_for_hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

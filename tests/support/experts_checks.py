@@ -161,7 +161,7 @@ def test_pairs_are_sorted_and_divided_into_blocks(pairs: int, experts: int, few:
     order, block_m = torch.full((pairs,), -1, dtype=torch.int32, device=DEVICE), prepare.constants["block_m"]
     table = torch.full((products.grid[0], 4), -9, dtype=torch.int32, device=DEVICE)
     x = normal(1, HIDDEN).bfloat16()
-    only_sorting = kernels.Launch(prepare.kernel, (experts,), prepare.signature, prepare.constants, prepare.options)
+    only_sorting = kernels.Launch(prepare.kernel, (experts,), prepare.constants, prepare.options)
     only_sorting(chosen, x, order, table, torch.empty_like(x), pairs)
     in_order, expected = chosen.sort(stable=True)
     assert torch.equal(order.long(), expected)

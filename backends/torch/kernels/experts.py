@@ -312,11 +312,10 @@ def _sum(y, weights, out, n_size: tl.constexpr, top_k: tl.constexpr, block: tl.c
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it is launched, and what it takes to compile it: the types of its arguments, constants and options."""
+    """A kernel as it is launched for sizes: its grid, constants and options."""
 
     kernel: Any
     grid: tuple[int, ...]
-    signature: dict[str, str]
     constants: dict[str, int]
     options: dict[str, int]
 
@@ -335,34 +334,29 @@ def launches(
     blocks = pairs // block_m + experts
     # Neighbouring terms that a thread gives to an instruction: 2 for wgmma, 4 for mma.sync (Triton's kWidth of two bfloat16).
     shared = {"block_m": block_m, "x_order": 2 if capability[0] == 9 else 4}
-    packed = {"weight": "*i32", "scales": "*bf16", "biases": "*bf16"}
     options = {"num_warps": 4, "num_stages": 3}
     return (
         Launch(
             _prepare,
             (experts + tokens,),
-            {"chosen": "*i64", "x": "*bf16", "order": "*i32", "table": "*i32", "arranged": "*bf16", "pairs": "i32"},
             {"k_size": hidden, "experts": experts} | shared,
             options,
         ),
         Launch(
             _gate_up,
             (blocks, inner // 64),
-            {"x": "*bf16"} | packed | {"order": "*i32", "table": "*i32", "h": "*bf16"},
             {"k_size": hidden, "n_size": inner, "top_k": top_k, "block_n": 64} | shared,
             options,
         ),
         Launch(
             _down,
             (blocks, hidden // 128),
-            {"h": "*bf16"} | packed | {"order": "*i32", "table": "*i32", "y": "*bf16"},
             {"k_size": inner, "n_size": hidden, "block_n": 128} | shared,
             options,
         ),
         Launch(
             _sum,
             (tokens, triton.cdiv(hidden, 1024)),
-            {"y": "*bf16", "weights": "*fp32", "out": "*bf16"},
             {"n_size": hidden, "top_k": top_k, "block": 1024},
             options,
         ),
@@ -375,7 +369,6 @@ def routing(tokens: int, experts: int, top_k: int) -> Launch:
     return Launch(
         _route,
         (tokens,),
-        {"scores": "*bf16", "scale": "*bf16", "weights": "*fp32", "chosen": "*i64"},
         {"experts": experts, "top_k": top_k} | blocks,
         {"num_warps": 1, "num_stages": 3},
     )
