@@ -1,14 +1,17 @@
-"""Joins parts of several texts into one stream of tokens, in NumPy. Both backends do this to rows before they compute."""
+"""Joins parts of several texts into one stream of tokens, and divides what a pass gives. Both backends use it; no framework."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_diffgemma.backends import Denoised, Row
 from mlx_diffgemma.noise import bits
+
+#: A framework's array.
+Array = TypeVar("Array")
 
 
 class Canvases(NamedTuple):
@@ -40,6 +43,43 @@ class Canvases(NamedTuple):
             drawn=drawn,
             frozen=frozen,
         )
+
+
+class SoftEmbeddings(Generic[Array]):
+    """A pass's self-conditioning [T, H] for the next step, computed when it is first needed, by the thread that needs it.
+
+    A canvas that is done needs none. Until then this holds the logits in the weights' type, or the probabilities where they are
+    at hand.
+
+    Attributes:
+        needs: what it is computed from. A lazy framework evaluates it with the step: its arrays can be computed in their own
+            thread only.
+    """
+
+    def __init__(self, compute: Callable[[], Array], needs: Sequence[Array] = ()) -> None:
+        self.needs = needs
+        self._compute: Callable[[], Array] | None = compute
+        self._array: Array | None = None
+
+    def array(self) -> Array:
+        if self._compute is not None:
+            self._array, self._compute, self.needs = self._compute(), None, ()
+        assert self._array is not None
+        return self._array
+
+
+class Signal(Generic[Array]):
+    """The self-conditioning [L, H] of one row of a pass."""
+
+    def __init__(self, whole: SoftEmbeddings[Array], span: slice) -> None:
+        self.whole, self.span = whole, span
+
+    def __len__(self) -> int:
+        return int(self.span.stop - self.span.start)
+
+    def array(self) -> Array:
+        rows: Array = cast(Any, self.whole.array())[self.span]
+        return rows
 
 
 def answers(statistics: Sequence[NDArray[Any]], signals: Sequence[Any]) -> list[Denoised]:

@@ -29,9 +29,9 @@ from mlx_diffgemma.backends.mlx import kernels
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
 from mlx_diffgemma.backends.mlx.quantized import quantize_modules
-from mlx_diffgemma.backends.mlx.step import Inputs, Signal, SoftEmbeddings, logprobs, score, step
+from mlx_diffgemma.backends.mlx.step import Inputs, logprobs, score, step
 from mlx_diffgemma.backends.mlx.vision import VisionModel
-from mlx_diffgemma.backends.stream import Canvases, answers, spans
+from mlx_diffgemma.backends.stream import Canvases, Signal, SoftEmbeddings, answers, spans
 from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers, is_vision
 from mlx_diffgemma.errors import BackendError, InputError
 from mlx_diffgemma.vision.patches import Patches
@@ -153,7 +153,7 @@ class MlxBackend:
         self.model, self.vision, self.config = model, vision, model.config
         self.device, self.dtype = device.name, dtype
         self._place = device
-        self._last: weakref.ref[SoftEmbeddings] | None = None  # of the last pass; gone when no canvas goes on with it
+        self._last: weakref.ref[SoftEmbeddings[mx.array]] | None = None  # of the last pass; gone when no canvas goes on with it
         # The BLAS in the Linux wheel sums each output separately, in order. Apple's CPU and GPU have not been measured.
         self.exact_rows = device.name == "cpu" and sys.platform == "linux"
 

@@ -4,7 +4,7 @@ Scoring is here too: it applies the same head to given tokens. T positions of an
 V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from mlx_diffgemma.backends import SCORE_TILE
 from mlx_diffgemma.backends.mlx import kernels
 from mlx_diffgemma.backends.mlx.attention import in_turn
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
+from mlx_diffgemma.backends.stream import SoftEmbeddings
 
 
 class Inputs(NamedTuple):
@@ -35,41 +36,9 @@ class Inputs(NamedTuple):
     frozen: mx.array | None
 
 
-class SoftEmbeddings:
-    """The next step's self-conditioning [T, H], which is computed when it is first needed, by the thread that needs it.
-
-    A canvas that is done needs none. Until then this holds the logits, in the weights' type.
-
-    Attributes:
-        needs: what it is computed from. To be evaluated with the step: a lazy array can be computed in its own thread only.
-    """
-
-    def __init__(self, compute: Callable[[], mx.array], needs: Sequence[mx.array] = ()) -> None:
-        self.needs = needs
-        self._compute: Callable[[], mx.array] | None = compute
-        self._array: mx.array | None = None
-
-    def array(self) -> mx.array:
-        if self._compute is not None:
-            self._array, self._compute, self.needs = self._compute(), None, ()
-        assert self._array is not None
-        return self._array
-
-
-class Signal:
-    """The self-conditioning [L, H] of one row of a pass."""
-
-    def __init__(self, whole: SoftEmbeddings, span: slice) -> None:
-        self.whole, self.span = whole, span
-
-    def __len__(self) -> int:
-        return int(self.span.stop - self.span.start)
-
-    def array(self) -> mx.array:
-        return self.whole.array()[self.span]
-
-
-def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[mx.array, mx.array, mx.array, SoftEmbeddings]:
+def step(
+    model: TextModel, segments: Sequence[Segment], given: Inputs
+) -> tuple[mx.array, mx.array, mx.array, SoftEmbeddings[mx.array]]:
     """One denoising step: argmax, sampled (int32 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
 
     At most SCORE_TILE positions have logits at a time, however many canvases there are.
@@ -88,7 +57,7 @@ def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[
 
 def _answer(
     model: TextModel, hidden: mx.array, given: Inputs, span: slice
-) -> tuple[mx.array, mx.array, mx.array, SoftEmbeddings]:
+) -> tuple[mx.array, mx.array, mx.array, SoftEmbeddings[mx.array]]:
     """The results of :func:`step` for the positions in ``span``, with hidden states [N, H]."""
     raw = model.embed_tokens.as_linear(hidden)  # [N, V]
     noise = None if given.noise is None else given.noise[span]

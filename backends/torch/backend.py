@@ -26,11 +26,11 @@ from mlx_diffgemma.backends import (
     check_tokens,
 )
 from mlx_diffgemma.backends.memory import main_memory
-from mlx_diffgemma.backends.stream import Canvases, answers, spans
+from mlx_diffgemma.backends.stream import Canvases, Signal, SoftEmbeddings, answers, spans
 from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.backends.torch.quantized import quantize_modules
-from mlx_diffgemma.backends.torch.step import Inputs, Signal, SoftEmbeddings, logprobs, score, step
+from mlx_diffgemma.backends.torch.step import Inputs, logprobs, score, step
 from mlx_diffgemma.backends.torch.vision import VisionModel
 from mlx_diffgemma.checkpoint import E8M0_LARGEST, LARGEST, Checkpoint, Numbers, is_vision
 from mlx_diffgemma.errors import BackendError, InputError
@@ -125,7 +125,7 @@ class TorchBackend:
     def __init__(self, model: TextModel, vision: VisionModel | None, device: torch.device, dtype: str) -> None:
         self.model, self.vision, self.config = model, vision, model.config
         self.device, self.dtype = str(device), dtype
-        self._last: weakref.ref[SoftEmbeddings] | None = None  # of the last pass; gone when no canvas goes on with it
+        self._last: weakref.ref[SoftEmbeddings[Tensor]] | None = None  # of the last pass; gone when no canvas goes on with it
 
     def new_cache(self) -> Cache:
         return Cache(self.config)

@@ -4,13 +4,14 @@ Scoring is here too: it applies the same head to given tokens. T positions of an
 V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlx_diffgemma.backends import SCORE_TILE
+from mlx_diffgemma.backends.stream import SoftEmbeddings
 from mlx_diffgemma.backends.torch.model import Segment, TextModel
 from mlx_diffgemma.backends.torch.statistics import statistics
 
@@ -35,37 +36,7 @@ class Inputs(NamedTuple):
     frozen: Tensor | None
 
 
-class SoftEmbeddings:
-    """The next step's self-conditioning [T, H], which is computed when it is first needed.
-
-    A canvas that is done needs none. Until then this holds the logits in the weights' type, or on a CPU the probabilities.
-    """
-
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._compute: Callable[[], Tensor] | None = compute
-        self._array: Tensor | None = None
-
-    def array(self) -> Tensor:
-        if self._compute is not None:
-            self._array, self._compute = self._compute(), None
-        assert self._array is not None
-        return self._array
-
-
-class Signal:
-    """The self-conditioning [L, H] of one row of a pass."""
-
-    def __init__(self, whole: SoftEmbeddings, span: slice) -> None:
-        self.whole, self.span = whole, span
-
-    def __len__(self) -> int:
-        return int(self.span.stop - self.span.start)
-
-    def array(self) -> Tensor:
-        return self.whole.array()[self.span]
-
-
-def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[Tensor, Tensor, Tensor, SoftEmbeddings]:
+def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[Tensor, Tensor, Tensor, SoftEmbeddings[Tensor]]:
     """One denoising step: argmax, sampled (int64 [T]), entropy (float32 [T], nats), and the next soft embeddings [T, H].
 
     At most SCORE_TILE positions have logits at a time, however many canvases there are.
@@ -82,7 +53,9 @@ def step(model: TextModel, segments: Sequence[Segment], given: Inputs) -> tuple[
     return argmax, sampled, entropy, SoftEmbeddings(lambda: whole)
 
 
-def _answer(model: TextModel, hidden: Tensor, given: Inputs, span: slice) -> tuple[Tensor, Tensor, Tensor, SoftEmbeddings]:
+def _answer(
+    model: TextModel, hidden: Tensor, given: Inputs, span: slice
+) -> tuple[Tensor, Tensor, Tensor, SoftEmbeddings[Tensor]]:
     """The results of :func:`step` for the positions in ``span``, with hidden states [N, H]."""
     raw = model.embed_tokens.as_linear(hidden)  # [N, V]
     noise = None if given.noise is None else given.noise[span]

@@ -1,10 +1,11 @@
 """The self-conditioning that a backend hands on, as numbers."""
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mlx_diffgemma.backends.stream import Signal, SoftEmbeddings
 
 
 def numbers_of(signal: Any) -> NDArray[np.float64]:
@@ -16,5 +17,4 @@ def times(signal: Any, factor: float) -> Any:
     """Self-conditioning times a number."""
     if not hasattr(signal, "array"):
         return signal * factor
-    step = import_module(type(signal).__module__)  # of its backend
-    return step.Signal(step.SoftEmbeddings(lambda: signal.array() * factor), slice(0, len(signal)))
+    return Signal(SoftEmbeddings(lambda: signal.array() * factor), slice(0, len(signal)))
