@@ -4,9 +4,6 @@ H query heads share K key-value heads in groups; N queries, S keys, D the head s
 """
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -14,32 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlx_diffgemma.backends import QUERY_TILE
+from mlx_diffgemma.backends.torch import kernels
 
 
 def bidirectional(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Every query sees every key: [B, H, N, D] over [B, K, S, D] gives [B, H, N, D]."""
-    kernels = _kernels(queries, keys, values)
-    if kernels is None:
+    ours = _kernels(queries, keys, values)
+    if ours is None:
         return _fused(queries, keys, values, None)
     total = keys.shape[2]
     seen = torch.arange(0, total + 1, total, dtype=torch.int32, device=queries.device)  # 0 and S; a copy from the host would wait
-    mixed: Tensor = kernels.attend(queries, keys, values, seen.expand(len(queries), 2).contiguous())
+    mixed: Tensor = ours.attend(queries, keys, values, seen.expand(len(queries), 2).contiguous())
     return mixed
 
 
 def _kernels(queries: Tensor, keys: Tensor, values: Tensor) -> ModuleType | None:
     """The module of the Triton kernels for these tensors. They have no gradients."""
-    if not queries.is_cuda or queries.dtype != torch.bfloat16 or not _triton_at_hand():
+    if not kernels.on_tensor_cores(queries):
         return None
     if torch.is_grad_enabled() and any(each.requires_grad for each in (queries, keys, values)):
         return None
-    module = import_module("mlx_diffgemma.backends.torch.kernels.attention")
-    return module if queries.shape[-1] in module.SIZES and torch.cuda.get_device_capability(queries.device) >= (8, 0) else None
-
-
-@cache
-def _triton_at_hand() -> bool:
-    return find_spec("triton") is not None
+    module = kernels.find("attention")
+    return module if module is not None and queries.shape[-1] in module.SIZES else None
 
 
 def causal(

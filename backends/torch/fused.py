@@ -5,27 +5,27 @@ of kernels/norms.py takes their place, which reads and writes each value once. B
 """
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlx_diffgemma.backends.torch import kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [.., H] / rms(x), times ``weight`` [H] if there is one; in float32."""
-    if kernels := _kernels(x):
-        y: Tensor = kernels.rms_norm(x, weight, eps)
+    if ours := _kernels(x):
+        y: Tensor = ours.rms_norm(x, weight, eps)
         return y
     return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).to(x.dtype)
 
 
 def heads(x: Tensor, weight: Tensor | None, rope: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
     """The norm of each head of x [T, heads, D], rotated by cosines and sines [T, 1, D] if there are any."""
-    if kernels := _kernels(x):
-        y: Tensor = kernels.heads(x, weight, rope, eps)
+    if ours := _kernels(x):
+        y: Tensor = ours.heads(x, weight, rope, eps)
         return y
     x = rms_norm(x, weight, eps)
     return x if rope is None else rotate(x, *rope)
@@ -39,8 +39,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation of gelu."""
-    if kernels := _kernels(gate):
-        y: Tensor = kernels.geglu(gate, up)
+    if ours := _kernels(gate):
+        y: Tensor = ours.geglu(gate, up)
         return y
     return F.gelu(gate, approximate="tanh") * up
 
@@ -53,8 +53,8 @@ def after_attention(
     ``weights`` are those of that norm, and of the MLP's and the experts' norms of the sum. The router's input is the sum's norm
     times ``scale`` / sqrt(H).
     """
-    if kernels := _kernels(x):
-        results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.after_attention(x, attended, weights, scale, eps)
+    if ours := _kernels(x):
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = ours.after_attention(x, attended, weights, scale, eps)
         return results
     own, dense, sparse = weights
     x = x + rms_norm(attended, own, eps)
@@ -63,8 +63,8 @@ def after_attention(
 
 def after_experts(x: Tensor, dense: Tensor, sparse: Tensor, weights: Sequence[Tensor], scalar: Tensor, eps: float) -> Tensor:
     """(x + norm(norm(dense) + norm(sparse))) * scalar, [T, H]; ``weights`` of the norms of dense, of sparse and of their sum."""
-    if kernels := _kernels(x):
-        y: Tensor = kernels.after_experts(x, dense, sparse, weights, scalar, eps)
+    if ours := _kernels(x):
+        y: Tensor = ours.after_experts(x, dense, sparse, weights, scalar, eps)
         return y
     one, other, both = weights
     return (x + rms_norm(rms_norm(dense, one, eps) + rms_norm(sparse, other, eps), both, eps)) * scalar
@@ -75,8 +75,8 @@ def routed(scores: Tensor, scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Weights are the softmax over all experts, divided by the sum over those chosen, times each expert's ``scale`` [E].
     """
-    if kernels := _kernels(scores, "experts"):
-        results: tuple[Tensor, Tensor] = kernels.routed(scores, scale, top_k)
+    if ours := _kernels(scores, "experts"):
+        results: tuple[Tensor, Tensor] = ours.routed(scores, scale, top_k)
         return results
     weights, experts = scores.softmax(dim=-1, dtype=torch.float32).topk(top_k)
     return weights / weights.sum(dim=-1, keepdim=True) * scale[experts], experts
@@ -84,12 +84,4 @@ def routed(scores: Tensor, scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def _kernels(x: Tensor, name: str = "norms") -> ModuleType | None:
     """The module with the kernels for x, or None where PyTorch's operations are to be used."""
-    return _module(name) if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() else None
-
-
-@cache
-def _module(name: str) -> ModuleType | None:
-    try:
-        return import_module(f"mlx_diffgemma.backends.torch.kernels.{name}")
-    except ImportError:  # without Triton
-        return None
+    return kernels.find(name) if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() else None

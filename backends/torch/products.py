@@ -1,12 +1,10 @@
 """Products with packed weights: kernels/products.py on CUDA, packing.py on a CPU."""
 
-from importlib import import_module
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from mlx_diffgemma.backends.torch import packing
+from mlx_diffgemma.backends.torch import kernels, packing
 from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.errors import BackendError
 
@@ -40,7 +38,7 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Packed, down: P
     x is [T, H], ``weights`` (float32) and ``chosen`` [T, K]. The kernels are for bfloat16 on Ampere or newer and for the format
     that is published, 4 bits in affine groups of 64.
     """
-    if not _on_tensor_cores(x) or any(packed[3] != Quantization(64, 4) for packed in (gate_up, down)):
+    if not kernels.on_tensor_cores(x) or any(packed[3] != Quantization(64, 4) for packed in (gate_up, down)):
         return None
     if x.shape[-1] % 128 or gate_up[0].shape[-2] % 128:  # blocks are not cut short
         return None
@@ -53,10 +51,6 @@ def rows(index: Tensor, weight: Tensor, scales: Tensor, biases: Tensor | None, q
     return packing.rows(index, weight, scales, biases, quantization)
 
 
-def _on_tensor_cores(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
 def _place(x: Tensor) -> ModuleType:
     """The module with the products for x's device. Triton is imported on CUDA only."""
     return _kernels("products") if x.is_cuda else packing
@@ -64,6 +58,6 @@ def _place(x: Tensor) -> ModuleType:
 
 def _kernels(name: str) -> ModuleType:
     try:
-        return import_module(f"mlx_diffgemma.backends.torch.kernels.{name}")
+        return kernels.load(name)
     except ImportError as absent:
         raise BackendError(f"quantized weights on CUDA need triton ({absent}); try: pip install triton") from None

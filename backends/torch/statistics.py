@@ -6,14 +6,13 @@ T positions, V vocabulary.
 import logging
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlx_diffgemma.backends.torch import tiling
+from mlx_diffgemma.backends.torch import kernels, tiling
 from mlx_diffgemma.backends.torch.noise import gumbel, words
 
 _log = logging.getLogger(__name__)
@@ -48,11 +47,11 @@ def statistics(raw: Tensor, noise: Tensor | None, cap: float, temperature: Tenso
             raw.float(), noise, raw.dtype, cap=cap, temperature=temperature
         )
         return Statistics(argmax, sampled, entropy, lambda: probabilities)
-    kernels = _kernels()
-    if kernels is None:
+    ours = _kernels()
+    if ours is None:
         return eager(raw, noise, cap, temperature)
-    argmax, sampled, entropy, most, total = kernels.statistics(raw, noise, cap, temperature)
-    return Statistics(argmax, sampled, entropy, partial(kernels.probabilities, raw, cap, temperature, most, total))
+    argmax, sampled, entropy, most, total = ours.statistics(raw, noise, cap, temperature)
+    return Statistics(argmax, sampled, entropy, partial(ours.probabilities, raw, cap, temperature, most, total))
 
 
 def eager(raw: Tensor, noise: Tensor | None, cap: float, temperature: Tensor) -> Statistics:
@@ -79,7 +78,7 @@ def _probabilities(raw: Tensor, cap: float, temperature: Tensor) -> Tensor:
 def _kernels() -> ModuleType | None:
     """The Triton kernels, which are imported on CUDA only, or None without Triton."""
     try:
-        return import_module("mlx_diffgemma.backends.torch.kernels.statistics")
+        return kernels.load("statistics")
     except ImportError as absent:
         _log.warning("a step's statistics take many times longer without triton (%s); try: pip install triton", absent)
         return None

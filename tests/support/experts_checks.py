@@ -189,7 +189,7 @@ def test_the_model_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, (packed, _) in (("gate_up_proj", GATE_UP), ("down_proj", DOWN)):
             quantized = layer.get_submodule(name)
             quantized.weight, quantized.scales, quantized.biases = packed
-        monkeypatch.setattr(products, "_on_tensor_cores", lambda x: True)
+        monkeypatch.setattr(products.kernels, "on_tensor_cores", lambda x: True)
         y = layer(x, weights, chosen)
         assert torch.equal(y, mixed(x, weights, chosen))
         assert_close(y.float().cpu(), expected.float().cpu(), 2**-7 * float(expected.abs().max()), "model.Experts")
