@@ -19,6 +19,20 @@ SHAPES = {
     "long": (128, 2, 4, 2, 512, 256, 16, (8, 256), (2, 512), 1024, 262_144),
 }
 
+#: The smallest vision tower, for programs that need one.
+SMALL_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "position_embedding_size": 32,
+    "pooling_kernel_size": 1,
+    "patch_size": 4,
+}
+
 
 def config(shape: str) -> dict:
     """A config.json in the hub's layout. The intermediate sizes are 3/4 and 1/4 of the hidden size, as in the real model."""
@@ -50,20 +64,12 @@ def config(shape: str) -> dict:
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     }
-    vision = {
-        "model_type": "gemma4_vision",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "global_head_dim": 8,
-        "position_embedding_size": 32,
-        "pooling_kernel_size": 1,
-        "patch_size": 4,
+    return {
+        "model_type": "diffusion_gemma",
+        "canvas_length": canvas,
+        "text_config": text,
+        "vision_config": {"model_type": "gemma4_vision", **SMALL_VISION},
     }
-    return {"model_type": "diffusion_gemma", "canvas_length": canvas, "text_config": text, "vision_config": vision}
 
 
 def tensors(model: dict) -> Iterator[tuple[str, torch.Tensor]]:

@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package, where it is not installed
 
 from gpu_report import measured_limits, roofline, table  # noqa: E402
-from sections import REAL, TOY, Sizes, Skipped, error_line  # noqa: E402
+from sections import REAL, TOY, Sizes, Skipped, error_line, random_row, text_before  # noqa: E402
 
 if TYPE_CHECKING:
     from gpu_model import Extent
@@ -147,7 +147,7 @@ def conformance(battery: Battery, *, odd: bool) -> Entries:
 
 def steps(battery: Battery, *, bits_4: bool) -> Entries:
     import torch
-    from gpu_model import denoising, random_row, text_before, weight_bytes
+    from gpu_model import denoising, weight_bytes
     from gpu_parts import Limits, by_part
 
     if not bits_4 and battery.device != "cpu":

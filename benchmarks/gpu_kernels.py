@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_model import TEMPERATURE, Extent, timed
-from sections import GROUP, Sizes, error_line, spread
+from gpu_model import Extent, timed
+from sections import GROUP, TEMPERATURE, Sizes, error_line, spread
 from torch import Tensor
 
 from mlx_diffgemma.backends.torch import attention, fused, kernels, packing

@@ -3,26 +3,24 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from real_4bit_cpu import deviation, value
-from sections import BITS_8, GROUP, WARMUP, spread
+from sections import WARMUP, causal_token, random_row, released_format, spread, text_before
 
 from mlx_diffgemma import noise
 from mlx_diffgemma.backends import Denoised, Pending, Piece, Place, Progress, Row, rows_in_pass
 from mlx_diffgemma.backends.torch import backend as wing
 from mlx_diffgemma.backends.torch.backend import TorchBackend
-from mlx_diffgemma.backends.torch.cache import Cache
 from mlx_diffgemma.backends.torch.model import TextModel
 from mlx_diffgemma.checkpoint import Checkpoint, Quantization
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.prompts import chunks
 from mlx_diffgemma.sampler import Draft, Text, block_diffusion
-
-TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class RandomCheckpoint:
                 model = TextModel(config)
             for path, module in model.named_modules():
                 if getattr(getattr(module, "weight", None), "ndim", 0) > 1:
-                    self.quantization[path] = Quantization(GROUP, 8 if any(part in path for part in BITS_8) else 4)
+                    self.quantization[path] = released_format(path)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Take the names and shapes that the model has."""
@@ -162,20 +160,6 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return spread([1e3 * each for each in seconds])
 
 
-def text_before(backend: TorchBackend, length: int, seed: int = 0) -> Cache:
-    """A cache with ``length`` random tokens."""
-    text = backend.new_cache()
-    for piece in chunks(noise.canvas_tokens(seed, 0, 0, length, backend.config.vocab_size)) if length else ():
-        backend.encode([Piece(piece, text)])
-    return text
-
-
-def random_row(backend: TorchBackend, text: Cache, seed: int = 0) -> Row:
-    config = backend.config
-    canvas = noise.canvas_tokens(seed, 1, 0, config.canvas_length, config.vocab_size)
-    return Row(canvas, text, TEMPERATURE, noise.sampling_key(seed, 1, 1))
-
-
 def conditioned(rows: Sequence[Row], answers: Sequence[Denoised]) -> list[Row]:
     """The rows of the next step: the same canvases, with self-conditioning."""
     pairs = zip(rows, answers, strict=True)
@@ -222,12 +206,7 @@ def prefill(backend: TorchBackend, lengths: Sequence[int], over: Callable[[], bo
 
 def causal_tokens(backend: TorchBackend, prefix: int, count: int) -> dict[str, Any]:
     """Milliseconds of a token of the causal mode, with its logits."""
-    text = text_before(backend, prefix)
-
-    def token() -> None:
-        backend.encode([Piece(np.array([5], np.int32), text)])
-        backend.next_logits([text])
-
+    token = partial(causal_token, backend, text_before(backend, prefix))
     found = milliseconds([timed(backend.device, token) for _ in range(WARMUP + count)][WARMUP:])
     return {"ms": found, "tokens_per_second": 1e3 / found["median"]}
 

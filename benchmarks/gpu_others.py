@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from checkpoints import SMALL_VISION
 from gpu_model import Extent, milliseconds, synchronize
 from sections import WARMUP, Sizes, Skipped
 
@@ -54,20 +55,10 @@ def _transformers_model(transformers: Any, sizes: Sizes, layers: int, device: st
     kinds = raw["text_config"]["layer_types"]
     raw["text_config"]["layer_types"] = [*kinds[:-1], "full_attention"]  # the last one is full there
     raw["text_config"]["eos_token_id"] = None
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "global_head_dim": 8,
-        "position_embedding_size": 32,
-        "pooling_kernel_size": 1,
-        "patch_size": 4,
-    }
     config = transformers.DiffusionGemmaConfig(
-        text_config=raw["text_config"], vision_config=vision, canvas_length=raw["canvas_length"]
+        text_config=raw["text_config"],
+        vision_config=SMALL_VISION,
+        canvas_length=raw["canvas_length"],
     )
     with torch.device(device):
         return transformers.DiffusionGemmaForBlockDiffusion._from_config(config, dtype=torch.bfloat16).eval()

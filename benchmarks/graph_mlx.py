@@ -29,6 +29,7 @@ import mlx.core as mx
 from kernel_counting import Graph, Kernel, Marks
 from rich.console import Console
 from rich.table import Table
+from sections import released_format
 
 from mlx_diffgemma.reports.speed import Machine
 
@@ -36,8 +37,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 from support.real_layout import config as released_config  # noqa: E402
 
-BITS_8 = ("embed_tokens", "self_attn", "mlp", "router")
-GROUP = 64
 VOCABULARY = 262_144
 
 
@@ -77,7 +76,6 @@ class Ours:
 
             from mlx_diffgemma.backends.mlx import kernels, products, quantized
             from mlx_diffgemma.backends.mlx import model as models
-            from mlx_diffgemma.checkpoint import Quantization
             from mlx_diffgemma.config import ModelConfig
 
             # As on Metal.
@@ -87,7 +85,7 @@ class Ours:
             kernels.enabled |= {(name, mx.bfloat16) for name in ("statistics", "route", "combine") if custom}
             model = models.TextModel(ModelConfig.from_dict(released_config()))
             packed = {
-                path: Quantization(mode="affine", bits=8 if any(part in path for part in BITS_8) else 4, group_size=GROUP)
+                path: released_format(path)
                 for path, module in model.named_modules()
                 if getattr(module.get("weight"), "ndim", 0) > 1
             }
@@ -202,9 +200,10 @@ def theirs(case: Case, marks: Marks) -> Graph:
         def packed(path: str, module: Any) -> Any:
             if not hasattr(module, "to_quantized"):
                 return False
-            return {"group_size": GROUP, "bits": 8 if any(part in path for part in BITS_8) and "experts" not in path else 4}
+            form = released_format(path)
+            return {"group_size": form.group_size, "bits": form.bits if "experts" not in path else 4}
 
-        nn.quantize(model, group_size=GROUP, bits=4, class_predicate=packed)
+        nn.quantize(model, class_predicate=packed)
         model.eval()
         mx.random.seed(0)  # the initial weights are a lazy chain of random numbers, which is not theirs
         weights = {name: _stored(array) for name, array in dict(tree_flatten(model.parameters())).items()}

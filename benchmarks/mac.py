@@ -38,18 +38,16 @@ import presets
 from mac_operations import TYPES, attentions, device, matrix_products, metal_kernels, model_type, only_mlx, rotations
 from mlx.utils import tree_flatten
 from real_4bit_cpu import value
-from sections import BITS_8, GROUP, REAL, TOY, WARMUP, Sizes, spread, tried
+from sections import REAL, TOY, WARMUP, Sizes, causal_token, random_row, released_format, spread, text_before, tried
 
-from mlx_diffgemma import noise
-from mlx_diffgemma.backends import Piece, Row, load_backend
+from mlx_diffgemma.backends import Row, load_backend
 from mlx_diffgemma.backends.memory import main_memory
 from mlx_diffgemma.backends.mlx import kernels, quantized
 from mlx_diffgemma.backends.mlx.backend import MlxBackend
 from mlx_diffgemma.backends.mlx.cache import Cache
 from mlx_diffgemma.backends.mlx.model import Segment, TextModel
 from mlx_diffgemma.backends.mlx.step import Inputs, step
-from mlx_diffgemma.checkpoint import Checkpoint, Quantization
-from mlx_diffgemma.prompts import chunks
+from mlx_diffgemma.checkpoint import Checkpoint
 from mlx_diffgemma.reports.speed import Machine, bench
 
 #: Layers of the slice of the model, five sliding and one full, and of the whole model.
@@ -80,9 +78,7 @@ def slice_of_model(sizes: Sizes, where: str, dtype: str) -> MlxBackend:
         kernels.check(TYPES[dtype])
         model: Any = TextModel(sizes.config(LAYERS))
         bits = {
-            path: Quantization(GROUP, 8 if any(part in path for part in BITS_8) else 4)
-            for path, module in model.named_modules()
-            if getattr(module.get("weight"), "ndim", 0) > 1
+            path: released_format(path) for path, module in model.named_modules() if getattr(module.get("weight"), "ndim", 0) > 1
         }
         quantized.quantize_modules(model, bits, TYPES[dtype])
         arrays = dict(tree_flatten(model.parameters()))
@@ -108,20 +104,6 @@ def whole(backend: MlxBackend, sizes: Sizes) -> MlxBackend:
     model.config = sizes.config(ALL_LAYERS)
     model.layers = [copy.copy(layer) for _ in range(ALL_LAYERS // LAYERS) for layer in backend.model.layers]
     return MlxBackend(model, None, DEVICES[backend.device], backend.dtype)
-
-
-def text_before(backend: MlxBackend, length: int, seed: int = 0) -> Cache:
-    """A cache with ``length`` random tokens."""
-    text = backend.new_cache()
-    for piece in chunks(noise.canvas_tokens(seed, 0, 0, length, backend.config.vocab_size)) if length else ():
-        backend.encode([Piece(piece, text)])
-    return text
-
-
-def random_row(backend: MlxBackend, text: Cache, seed: int = 0) -> Row:
-    config = backend.config
-    canvas = noise.canvas_tokens(seed, 1, 0, config.canvas_length, config.vocab_size)
-    return Row(canvas, text, 0.8, noise.sampling_key(seed, 1, 1))
 
 
 def denoising(backend: MlxBackend, prefix: int, repeats: int) -> dict[str, Any]:
@@ -174,14 +156,9 @@ def encoding(backend: MlxBackend, length: int, repeats: int) -> dict[str, float]
     return spread([_timed(partial(text_before, backend, length)) for _ in range(WARMUP + repeats)][WARMUP:])
 
 
-def causal_token(backend: MlxBackend, prefix: int, repeats: int) -> dict[str, float]:
+def token_seconds(backend: MlxBackend, prefix: int, repeats: int) -> dict[str, float]:
     """Seconds of a token of the causal mode, with its logits."""
-    text = text_before(backend, prefix)
-
-    def token() -> None:
-        backend.encode([Piece(np.array([5], np.int32), text)])
-        backend.next_logits([text])
-
+    token = partial(causal_token, backend, text_before(backend, prefix))
     return spread([_timed(token) for _ in range(WARMUP + repeats)][WARMUP:])
 
 
@@ -205,7 +182,7 @@ def model_slice(sizes: Sizes) -> dict[str, Any]:
         return {
             "step": {str(prefix): denoising(backend, prefix, sizes.repeats) for prefix in sizes.prefixes},
             "encode": encoding(backend, sizes.prompt, sizes.repeats),
-            "token": causal_token(backend, sizes.prompt, sizes.repeats),
+            "token": token_seconds(backend, sizes.prompt, sizes.repeats),
         }
 
     found: dict[str, Any] = {"layers": LAYERS, "dtype": model_type(), "kernels_used": names}

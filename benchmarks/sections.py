@@ -9,18 +9,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from mlx_diffgemma.backends import KEY_TILE, QUERY_TILE
+from mlx_diffgemma import noise
+from mlx_diffgemma.backends import KEY_TILE, QUERY_TILE, Backend, Cache, Piece, Row
+from mlx_diffgemma.checkpoint import Quantization
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.prompts import chunks
 from mlx_diffgemma.reports.speed import Spread
 from support.real_layout import config as released_config
 
 #: Runs before the measured ones.
 WARMUP = 2
-#: Packed weights: the group size, and the parts of the released 4-bit checkpoint that have 8 bits.
+#: The group size of the released 4-bit checkpoint, and its parts that have 8 bits.
 GROUP = 64
 BITS_8 = ("embed_tokens", "self_attn", "mlp", "router")
+TEMPERATURE = 0.8
+
+
+def released_format(path: str) -> Quantization:
+    """How the released 4-bit checkpoint packs the matrix at a module's path."""
+    return Quantization(GROUP, 8 if any(part in path for part in BITS_8) else 4)
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,27 @@ TOY = Sizes(
     round_seconds=0.001,
     model_prompt=8,
 )
+
+
+def text_before(backend: Backend, length: int, seed: int = 0) -> Cache:
+    """A cache with ``length`` random tokens."""
+    text = backend.new_cache()
+    for piece in chunks(noise.canvas_tokens(seed, 0, 0, length, backend.config.vocab_size)) if length else ():
+        backend.encode([Piece(piece, text)])
+    return text
+
+
+def random_row(backend: Backend, text: Cache, seed: int = 0) -> Row:
+    """A canvas of random tokens after ``text``."""
+    config = backend.config
+    canvas = noise.canvas_tokens(seed, 1, 0, config.canvas_length, config.vocab_size)
+    return Row(canvas, text, TEMPERATURE, noise.sampling_key(seed, 1, 1))
+
+
+def causal_token(backend: Backend, text: Cache) -> None:
+    """A token of the causal mode, with the logits of the next one."""
+    backend.encode([Piece(np.array([5], np.int32), text)])
+    backend.next_logits([text])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

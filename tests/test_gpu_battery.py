@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from support.comparing import BACKENDS
+from support.comparing import BACKENDS, within
 from support.real_layout import LAYERS, stored_tensors
 
 pytestmark = pytest.mark.skipif(
@@ -58,14 +58,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
             del sys.modules[name]
-
-
-def within(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in JSON, with its path."""
-    yield path, content
-    if isinstance(content, dict | list):
-        for key, entry in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from within(entry, f"{path}/{key}")
 
 
 def test_every_section_is_there_and_finite(report: dict[str, Any]) -> None:

@@ -4,13 +4,12 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.comparing import BACKENDS
+from support.comparing import BACKENDS, within
 
 pytestmark = pytest.mark.skipif("mlx" not in BACKENDS, reason="MLX is not tested here")
 
@@ -29,14 +28,6 @@ def run(file: Path, *options: str) -> tuple[dict[str, Any], str]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(tmp_path_factory.mktemp("mac") / "mac.json", "--model", "sudoku")[0]
-
-
-def within(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in JSON, with its path."""
-    yield path, content
-    if isinstance(content, dict | list):
-        for key, entry in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from within(entry, f"{path}/{key}")
 
 
 def test_every_section_is_there_and_finite(report: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
-"""Which backends are tested, and an assertion that two arrays are close."""
+"""Which backends are tested, an assertion that two arrays are close, and the values in JSON."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,3 +21,11 @@ def assert_close(actual: ArrayLike, expected: ArrayLike, atol: float, what: str)
     print(report)
     # written so that NaN fails
     assert difference.max() <= atol, f"{report}; worst at {tuple(map(int, worst))}: {actual[worst]} for {expected[worst]}"
+
+
+def within(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in JSON, with its path."""
+    yield path, content
+    if isinstance(content, dict | list):
+        for key, entry in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from within(entry, f"{path}/{key}")
